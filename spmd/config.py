@@ -1,0 +1,209 @@
+"""Every key of the configuration, with its default, and every rule that spans keys, checked here once.
+
+`Config` is the schema Hydra validates against (unknown keys and wrong types are errors) and the frozen value the rest
+of the package receives. Names are vLLM's where vLLM has one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str | None = None  # a folder with config.json (+ safetensors), or a Hub id
+    dtype: str = "auto"  # auto: the checkpoint's; float32, bfloat16, float16
+    load_format: str = "auto"  # auto, safetensors, dummy (random weights, needs only config.json)
+    max_model_len: int | None = None  # null: the model's max_position_embeddings
+    tokenizer: str | None = None  # null: model.path
+    revision: str | None = None  # branch, tag or commit of a Hub id
+    overrides: dict[str, Any] = field(default_factory=dict)  # replaces keys of config.json
+
+
+@dataclass(frozen=True)
+class TopologyConfig:
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+    layers: list[int] | None = None  # layers of each stage; null: split evenly
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_num_seqs: int = 128  # running requests of a replica
+    max_num_batched_tokens: int = 2048  # tokens of one plan
+    block_size: int = 16  # tokens of one KV block
+    num_blocks: int | None = None  # KV blocks of a replica; null: from memory
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, activations and KV cache
+    async_depth: int = 0  # micro-batches in flight beyond pp
+    prefill: str = "mixed"  # mixed: chunks ride along with decodes; exclusive: a plan is all prefill or all decode
+    prefill_batch: int = 1  # prompts of one exclusive prefill plan
+    prefill_spread: int = 0  # mixed: spread waiting prompt tokens over this many plans; 0: fill the budget
+    policy: str = "fcfs"  # fcfs, priority
+    prefix_caching: bool = True
+    decode_cap: bool = True  # at most max_num_seqs // pp decode rows in a plan; off only to measure what it brings
+    decode_buckets: list[int] = field(default_factory=list)  # smaller row counts a decode batch may be padded to
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Defaults for rows that say nothing. null: generation_config.json's value, else vLLM's default."""
+
+    max_tokens: int | None = None  # null: until max_model_len
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+
+@dataclass(frozen=True)
+class WorkloadConfig:
+    """A synthetic workload for `spmd.bench`: random token ids, lengths drawn uniformly from inclusive ranges."""
+
+    name: str = "cpu"
+    num_prompts: int = 64
+    input_len: list[int] = field(default_factory=lambda: [64, 128])
+    output_len: list[int] = field(default_factory=lambda: [32, 64])
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    input: str | None = None
+    output: str | None = None
+    output_order: str = "input"  # input: answers stand in input order at the end; completion: as they finished
+    device: str = "auto"  # auto, cpu, cuda
+    run_dir: str | None = None  # logs and summary of this run; null: runs/<SLURM job id or start time>
+    progress: bool = True
+    trace: str | None = None  # write each rank's plan digests here
+
+
+CHOICES = {
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.load_format": ("auto", "safetensors", "dummy"),
+    "scheduler.prefill": ("mixed", "exclusive"),
+    "scheduler.policy": ("fcfs", "priority"),
+    "output_order": ("input", "completion"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+AT_LEAST = {
+    "topology.dp": 1,
+    "topology.pp": 1,
+    "topology.tp": 1,
+    "scheduler.max_num_seqs": 1,
+    "scheduler.max_num_batched_tokens": 1,
+    "scheduler.block_size": 1,
+    "scheduler.num_blocks": 2,
+    "scheduler.async_depth": 0,
+    "scheduler.prefill_batch": 1,
+    "scheduler.prefill_spread": 0,
+    "model.max_model_len": 1,
+}
+
+
+def register_schema() -> None:
+    """Give Hydra the schema under the name conf/config.yaml starts from.
+
+    OmegaConf takes a frozen dataclass for a read-only node, which would refuse every override: the flag is lifted.
+    """
+    ConfigStore.instance().store(name="schema", node=_writable(OmegaConf.structured(Config)))
+
+
+def from_hydra(cfg: DictConfig) -> Config:
+    """The frozen Config of a composed Hydra configuration."""
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    return config
+
+
+def check(config: Config, world_size: int) -> None:
+    """Check what can be known without the model, on every rank alike.
+
+    Raises:
+        ValueError: one line that names the keys, their values and what to change.
+    """
+    for key, allowed in CHOICES.items():
+        if (value := _get(config, key)) not in allowed:
+            raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}")
+    for key, least in AT_LEAST.items():
+        if (number := _get(config, key)) is not None and number < least:
+            raise ValueError(f"{key}={number} must be at least {least}")
+    t, s = config.topology, config.scheduler
+    if t.dp * t.pp * t.tp != world_size:
+        raise ValueError(
+            f"topology.dp={t.dp} x topology.pp={t.pp} x topology.tp={t.tp} needs {t.dp * t.pp * t.tp} processes, "
+            f"torchrun started {world_size}; start {t.dp * t.pp * t.tp} (launch/local.sh counts them for you) "
+            f"or change the topology"
+        )
+    if s.max_num_seqs < t.pp:
+        raise ValueError(
+            f"scheduler.max_num_seqs={s.max_num_seqs} is less than topology.pp={t.pp}: a stage would never have a row "
+            f"of its own; use scheduler.max_num_seqs >= {t.pp}"
+        )
+    if not 0 < s.gpu_memory_utilization <= 1:
+        raise ValueError(f"scheduler.gpu_memory_utilization={s.gpu_memory_utilization} must lie in (0, 1]")
+    rows = decode_rows(config)
+    if s.decode_buckets and not all(1 <= bucket <= rows for bucket in s.decode_buckets):
+        raise ValueError(
+            f"scheduler.decode_buckets={s.decode_buckets} must lie between 1 and {rows} "
+            f"(max_num_seqs {s.max_num_seqs} // pp {t.pp})"
+        )
+    if s.max_num_batched_tokens < rows:
+        raise ValueError(
+            f"scheduler.max_num_batched_tokens={s.max_num_batched_tokens} is less than the {rows} rows of a decode "
+            f"batch (max_num_seqs {s.max_num_seqs} // pp {t.pp}); raise it to at least {rows}"
+        )
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed but rarely meant."""
+    t, s = config.topology, config.scheduler
+    if s.decode_cap and s.max_num_seqs % t.pp and s.async_depth == 0:
+        used = s.max_num_seqs // t.pp * t.pp
+        return [
+            f"scheduler.max_num_seqs={s.max_num_seqs} is no multiple of topology.pp={t.pp}: "
+            f"at most {used} requests decode at once; {used} or {used + t.pp} wastes no seat"
+        ]
+    return []
+
+
+def decode_rows(config: Config) -> int:
+    """B, the decode rows of a micro-batch: max_num_seqs // pp (vLLM-RBLN's decode cap)."""
+    s = config.scheduler
+    return s.max_num_seqs // config.topology.pp if s.decode_cap else s.max_num_seqs
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _writable(node: DictConfig) -> DictConfig:
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _writable(child)
+    return node

@@ -1,0 +1,102 @@
+"""Where a rank stands: rank <-> (dp, pp, tp), its peers, and which layers its stage owns. Pure arithmetic.
+
+`rank = (dp_rank * pp + pp_rank) * tp + tp_rank`: tp innermost (its all-reduces want the fastest links), dp outermost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The place of one rank in a world of `dp * pp * tp` ranks."""
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+    rank: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // (self.pp * self.tp)
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.tp % self.pp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def is_leader(self) -> bool:
+        """The leader of a replica (last stage, tp 0) samples, detokenises, decides stops and writes the answers."""
+        return self.rank == self.leader
+
+    @property
+    def leader(self) -> int:
+        return self.rank_of(self.dp_rank, self.pp - 1, 0)
+
+    def rank_of(self, dp_rank: int, pp_rank: int, tp_rank: int) -> int:
+        return (dp_rank * self.pp + pp_rank) * self.tp + tp_rank
+
+    @property
+    def previous_stage(self) -> int:
+        """Rank that sends hidden states to this one (same dp and tp rank)."""
+        return self.rank_of(self.dp_rank, self.pp_rank - 1, self.tp_rank)
+
+    @property
+    def next_stage(self) -> int:
+        """Rank that this one sends hidden states to (same dp and tp rank)."""
+        return self.rank_of(self.dp_rank, self.pp_rank + 1, self.tp_rank)
+
+    def replicas(self) -> list[list[int]]:
+        """Ranks of each replica, by dp rank."""
+        size = self.pp * self.tp
+        return [list(range(d * size, (d + 1) * size)) for d in range(self.dp)]
+
+    def stages(self) -> list[list[int]]:
+        """Ranks of each tensor-parallel group: one stage of one replica."""
+        return [list(range(first, first + self.tp)) for first in range(0, self.world_size, self.tp)]
+
+    def __str__(self) -> str:
+        return f"dp{self.dp_rank}/pp{self.pp_rank}/tp{self.tp_rank}"
+
+
+def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None) -> list[range]:
+    """Layers of each stage, contiguous and in order.
+
+    By default a remainder goes to the middle stages: the first also pays for the embedding, the last for the head
+    and the sampling. `layers` overrides with one count a stage.
+
+    Raises:
+        ValueError: fewer layers than stages, or an override of wrong length or sum.
+    """
+    if num_layers < pp:
+        raise ValueError(f"topology.pp={pp} needs at least {pp} layers, the model has {num_layers}")
+    if layers is None:
+        counts = [num_layers // pp] * pp
+        by_preference = [*range(1, pp - 1), 0, pp - 1]
+        for stage in by_preference[: num_layers % pp]:
+            counts[stage] += 1
+    else:
+        counts = list(layers)
+        if len(counts) != pp or sum(counts) != num_layers or min(counts) < 1:
+            raise ValueError(
+                f"topology.layers={counts} has {len(counts)} stages and {sum(counts)} layers; "
+                f"it must list {pp} counts >= 1 (topology.pp) that sum to the model's {num_layers} layers"
+            )
+    starts = [sum(counts[:stage]) for stage in range(pp)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
