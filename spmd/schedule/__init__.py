@@ -1,0 +1,1 @@
+"""Who runs when: pure Python, never imports torch, equal on every rank of a replica."""

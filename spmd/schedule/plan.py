@@ -1,0 +1,43 @@
+"""What one tick runs: which requests, how many tokens of each, where their keys and values go.
+
+Equal on all ranks of a replica, so no rank has to be told: the receiver of hidden states knows their shape from its
+own copy. Decode rows come first, then prompt chunks.
+"""
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from spmd.schedule.request import Request
+
+
+@dataclass(slots=True)
+class Plan:
+    tick: int
+    requests: list[Request] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # position of each request's first token in this plan
+    counts: list[int] = field(default_factory=list)  # tokens of each request in this plan
+    num_decodes: int = 0  # the first requests, one token each
+    padded_decodes: int = 0  # rows the decodes take in the forward, padding included
+    num_prompt_tokens: int = 0
+    sampled: list[Request] = field(default_factory=list)  # requests that get a token from this plan
+    sample_rows: list[int] = field(default_factory=list)  # row of the forward that each of them is sampled from
+    grown: list[tuple[int, int, int]] = field(default_factory=list)  # new block table entries: (seat, position, block)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the forward: tokens and padding; the first dimension of the hidden states."""
+        return self.padded_decodes + self.num_prompt_tokens
+
+    def add(self, request: Request, count: int) -> None:
+        """Append `count` tokens of a request, and a sample if they reach its last token."""
+        self.requests.append(request)
+        self.starts.append(request.scheduled)
+        self.counts.append(count)
+        request.scheduled += count
+        request.in_flight += 1
+
+    def digest(self) -> bytes:
+        """8 bytes that are equal on two ranks exactly if they run the same plan."""
+        who = [(request.index, request.choice, request.seat) for request in self.requests]
+        content = (self.tick, who, self.starts, self.counts, self.padded_decodes, self.sample_rows, self.grown)
+        return blake2b(repr(content).encode(), digest_size=8).digest()

@@ -1,0 +1,73 @@
+"""One request: what was asked (prompt, sampling parameters) and how far it has come (tokens, blocks, seat)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens, named as in vLLM. Validated where rows are parsed (`spmd.io.rows`)."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None  # None: none; k: the sampled token's and the top k
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()  # the model's own, ends unless ignore_eos
+    stream: int = 0  # key of the random stream: a 64-bit digest of (seed, custom_id, choice)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural log-probabilities of a sampled token and its rivals, under the raw logits."""
+
+    logprob: float
+    rank: int  # 1: the most likely token
+    top: list[tuple[int, float]]  # (token id, logprob) of the k most likely, best first
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence to generate. `tokens` is the prompt followed by the committed output."""
+
+    index: int  # row of the input, counted from 0
+    choice: int  # 0 .. n-1 of the row
+    tokens: list[int]
+    params: SamplingParams
+    priority: int = 0  # smaller runs earlier
+    prompt_len: int = field(init=False)
+    # How far it has come; written by the scheduler alone.
+    scheduled: int = 0  # tokens whose keys and values are computed or planned
+    in_flight: int = 0  # plans in the ring that hold this request
+    seat: int = -1  # row of the block table while running, else -1
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # content hash of each full block of tokens[:scheduled]
+    cached: int = 0  # prompt tokens found in the prefix cache at the last admission
+    finish_reason: str | None = None  # known to the leader alone
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.tokens)
+
+    @property
+    def output(self) -> Sequence[int]:
+        """Committed output token ids."""
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.prompt_len

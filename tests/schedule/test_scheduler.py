@@ -1,0 +1,243 @@
+import random
+import subprocess
+import sys
+
+import pytest
+from simulation import Simulation, expected_output, make_request, make_scheduler
+
+
+def run_all(scheduler, requests):
+    simulation = Simulation(scheduler).add(requests)
+    finished = simulation.run()
+    assert sorted(r.index for r in finished) == sorted(r.index for r in requests)
+    for request in finished:
+        assert list(request.output) == expected_output(request), "ghost, lost or wrong token"
+    return simulation
+
+
+def decode_only(simulation, first_tick=0):
+    return [rows for plan, rows in zip(simulation.plans, simulation.rows, strict=True) if plan.tick >= first_tick]
+
+
+def warmed_up(simulation, num_requests):
+    """Tick until every request decodes; a prompt that just ended still waits for its commit."""
+    while simulation.scheduler.num_decoding < num_requests:
+        simulation.tick()
+    for _ in range(simulation.scheduler.limits.slots):
+        simulation.tick()
+
+
+def test_imports_no_torch():
+    code = "import sys; import spmd.schedule.scheduler; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("max_num_seqs", "pp"), [(17, 2), (10, 4), (5, 3)])
+@pytest.mark.parametrize("async_depth", [0, 1, 2])
+def test_pitfall_2_every_request_progresses_whatever_the_remainder(max_num_seqs, pp, async_depth):
+    scheduler = make_scheduler(max_num_seqs, pp, async_depth)
+    simulation = Simulation(scheduler).add(make_request(i, max_tokens=200) for i in range(max_num_seqs))
+    warmed_up(simulation, max_num_seqs)
+    before = dict.fromkeys(range(max_num_seqs), 0)
+    for _ in range(12 * (pp + async_depth)):
+        for request in simulation.tick().sampled:
+            before[request.index] += 1
+    assert min(before.values()) >= max(before.values()) - 2
+
+
+@pytest.mark.parametrize(
+    ("running", "split"), [(1, [1, 0]), (7, [4, 3]), (8, [4, 4]), (9, [5, 4]), (15, [8, 7]), (16, [8, 8])]
+)
+def test_pitfall_3_decodes_are_shared_equally_among_the_slots(running, split):
+    simulation = Simulation(make_scheduler(16, 2)).add(make_request(i, max_tokens=60) for i in range(running))
+    warmed_up(simulation, running)
+    sizes = [len(simulation.tick().requests) for _ in range(8)]
+    assert sorted(sizes[:2], reverse=True) == split
+    assert sizes == sizes[:2] * 4
+
+
+def test_pitfall_3_what_is_left_is_split_again_after_a_group_ends():
+    requests = [make_request(i, max_tokens=60 if i % 2 else 8) for i in range(16)]
+    simulation = Simulation(make_scheduler(16, 2)).add(requests)
+    while len(simulation.finished) < 8:
+        simulation.tick()
+    for _ in range(4):
+        simulation.tick()
+    assert [len(simulation.tick().requests) for _ in range(4)] == [4, 4, 4, 4]
+
+
+def test_pitfall_3_deeper_rings_hold_smaller_batches():
+    simulation = Simulation(make_scheduler(128, 2, 1, num_blocks=2000, max_num_batched_tokens=512))
+    simulation.add(make_request(i, max_tokens=100) for i in range(128))
+    warmed_up(simulation, 128)
+    for _ in range(6):
+        simulation.tick()
+    assert sorted(len(simulation.tick().requests) for _ in range(3)) == [42, 43, 43]
+
+
+def test_decode_batches_are_padded_to_the_cap_or_a_bucket():
+    scheduler = make_scheduler(16, 2, decode_buckets=(2, 4))
+    simulation = Simulation(scheduler).add(make_request(i, max_tokens=20) for i in range(3))
+    warmed_up(simulation, 3)
+    plans = [simulation.tick() for _ in range(4)]
+    assert {(plan.num_decodes, plan.padded_decodes) for plan in plans} == {(2, 2), (1, 2)}
+    plain = Simulation(make_scheduler(16, 2)).add([make_request(0, max_tokens=9)])
+    warmed_up(plain, 1)
+    assert {plan.padded_decodes for plan in (plain.tick() for _ in range(2))} == {0, 8}
+
+
+def test_pitfall_4_one_request_then_a_burst_then_nothing_for_long():
+    scheduler = make_scheduler(8, 4)
+    simulation = Simulation(scheduler).add([make_request(0)])
+    simulation.run()
+    for _ in range(3000):
+        assert simulation.tick().num_rows == 0
+    simulation.add(make_request(i) for i in range(1, 30)).run()
+    assert len(simulation.finished) == 30
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("length", [1, 16, 17, 32, 33, 48])
+def test_pitfall_5_middle_chunks_sample_nothing(length, exclusive):
+    scheduler = make_scheduler(8, 2, max_num_batched_tokens=16, exclusive=exclusive)
+    simulation = run_all(scheduler, [make_request(0, length, 2)])
+    chunks = [plan for plan in simulation.plans if plan.num_prompt_tokens]
+    assert [plan.num_prompt_tokens for plan in chunks] == [16] * (length // 16) + [length % 16] * bool(length % 16)
+    assert [len(plan.sampled) for plan in chunks] == [0] * (len(chunks) - 1) + [1]
+    assert [plan.tick for plan in chunks] == list(range(len(chunks))), "chunks follow each other in consecutive slots"
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_pitfall_5_full_prefix_hit_computes_the_last_token_alone(exclusive):
+    scheduler = make_scheduler(8, 2, exclusive=exclusive)
+    prompt = list(range(9))  # two full blocks and the token that must be computed
+    simulation = run_all(scheduler, [make_request(0, prompt, 3)])
+    again = make_request(1, prompt, 3)
+    simulation.add([again])
+    plan = simulation.tick()
+    assert (plan.num_prompt_tokens, plan.starts, again.cached) == (1, [8], 8)
+    assert plan.sampled == [again]
+
+
+@pytest.mark.parametrize("async_depth", [0, 1, 2])
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("caching", [False, True])
+def test_pitfall_6_preempted_requests_give_the_same_tokens(async_depth, exclusive, caching):
+    scheduler = make_scheduler(
+        8, 2, async_depth, num_blocks=14, max_num_batched_tokens=16, exclusive=exclusive, caching=caching
+    )
+    simulation = run_all(scheduler, [make_request(i, 3 + i % 5, 20 + i) for i in range(12)])
+    assert scheduler.counters.preemptions > 0
+    assert len(simulation.plans) < 2000
+
+
+def test_pitfall_6_a_request_in_flight_is_never_preempted():
+    scheduler = make_scheduler(4, 2, num_blocks=9, block_size=2)
+    simulation = Simulation(scheduler).add(make_request(i, 3, 9) for i in range(4))
+    while scheduler.num_requests:
+        flying = {id(r): list(r.blocks) for plan in list(simulation.ring)[1:] for r in plan.requests}
+        by_id = {id(r): r for plan in simulation.ring for r in plan.requests}
+        simulation.tick()
+        for key, blocks in flying.items():
+            assert by_id[key].blocks[: len(blocks)] == blocks
+    assert scheduler.counters.preemptions > 0
+
+
+def test_pitfall_7_a_preempted_decode_gives_its_row_back():
+    scheduler = make_scheduler(4, 1, num_blocks=7, block_size=2, balanced=False)
+    simulation = Simulation(scheduler).add(make_request(i, 2, 11) for i in range(4))
+    seen = 0
+    while scheduler.num_requests:
+        before = scheduler.counters.preemptions
+        plan = simulation.tick()
+        if scheduler.counters.preemptions > before:
+            seen += 1
+            assert all(r.seat >= 0 and r.blocks for r in plan.requests)
+            assert len(plan.requests) == len(set(map(id, plan.requests)))
+            assert {seat for seat, _, _ in plan.grown} <= {r.seat for r in plan.requests}
+    assert seen
+
+
+def test_pitfall_7_blocks_are_cached_only_when_the_plan_is_final():
+    scheduler = make_scheduler(2, 1, num_blocks=5, block_size=2)
+    simulation = Simulation(scheduler).add([make_request(0, 3, 6), make_request(1, 2, 6)])
+    simulation.run()
+    assert scheduler.counters.preemptions > 0
+    for request in simulation.finished:
+        assert list(request.output) == expected_output(request)
+
+
+def test_pitfall_10_a_row_reused_before_the_packet_lands():
+    scheduler = make_scheduler(2, 2, async_depth=2)
+    simulation = run_all(scheduler, [make_request(i, 3, 1 + i % 3) for i in range(20)])
+    assert max(plan.num_decodes for plan in simulation.plans) == 1
+
+
+def test_prompt_chunks_of_one_request_are_in_flight_together():
+    scheduler = make_scheduler(8, 4, max_num_batched_tokens=8)
+    simulation = Simulation(scheduler).add([make_request(0, 30)])
+    for _ in range(4):
+        simulation.tick()
+    assert simulation.ring[0].requests[0].in_flight == 4
+
+
+def test_exclusive_plans_never_mix_and_hold_prefill_batch_prompts():
+    scheduler = make_scheduler(16, 2, exclusive=True, prefill_batch=2)
+    simulation = run_all(scheduler, [make_request(i) for i in range(20)])
+    for plan in simulation.plans:
+        assert not (plan.num_decodes and plan.num_prompt_tokens)
+        assert len(plan.requests) <= 2 or plan.num_decodes
+
+
+def test_prefill_spread_makes_prompts_trickle():
+    scheduler = make_scheduler(16, 2, num_blocks=400, max_num_batched_tokens=512, prefill_spread=4)
+    simulation = run_all(scheduler, [make_request(i, 32) for i in range(16)])
+    prompt_tokens = [plan.num_prompt_tokens for plan in simulation.plans if plan.num_prompt_tokens]
+    assert prompt_tokens[:2] == [128, 96]
+    assert prompt_tokens[-1] <= 4
+
+
+def test_priority_runs_before_the_order_of_the_input():
+    for by_priority, order in ((False, [0, 1, 2]), (True, [2, 1, 0])):
+        scheduler = make_scheduler(1, 1, by_priority=by_priority)
+        simulation = run_all(scheduler, [make_request(i, priority=-i) for i in range(3)])
+        assert [request.index for request in simulation.finished] == order
+
+
+def test_prefix_is_shared_by_requests_of_one_plan():
+    scheduler = make_scheduler(8, 2)
+    prompt = list(range(40, 53))
+    run_all(scheduler, [make_request(i, prompt, 4) for i in range(6)])
+    assert scheduler.counters.cached_tokens == 5 * 12
+    assert scheduler.counters.queried_tokens == 6 * 13
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
+    """Two copies fed alike plan alike, whatever the sizes; requests get exactly their tokens."""
+    rng = random.Random(seed)
+    pp = rng.randint(1, 4)
+    sizes = {
+        "max_num_seqs": rng.randint(pp, 20),
+        "pp": pp,
+        "async_depth": rng.randint(0, 2),
+        "num_blocks": rng.randint(14, 60),
+        "block_size": rng.choice([1, 3, 4]),
+        "max_num_batched_tokens": rng.randint(20, 40),
+        "caching": rng.random() < 0.7,
+        "exclusive": rng.random() < 0.4,
+        "prefill_batch": rng.randint(1, 3),
+        "prefill_spread": rng.choice([0, 0, 3]),
+        "by_priority": rng.random() < 0.3,
+        "balanced": rng.random() < 0.8,
+    }
+    longest = (sizes["num_blocks"] - 1) * sizes["block_size"]
+    shape = []
+    for i in range(50):
+        prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, min(12, longest - 1)))]
+        shape.append((i, prompt, rng.randint(1, min(9, longest - len(prompt))), rng.randint(0, 2)))
+    copies = []
+    for _ in range(2):
+        simulation = run_all(make_scheduler(**sizes), [make_request(*args) for args in shape])
+        copies.append([plan.digest() for plan in simulation.plans])
+    assert copies[0] == copies[1]
