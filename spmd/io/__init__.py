@@ -1,0 +1,1 @@
+"""Batch files: rows in, answers out."""

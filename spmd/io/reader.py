@@ -1,0 +1,84 @@
+"""The input file as a stream of jobs: every rank reads all of it, and builds the rows of its own replica only."""
+
+import os
+from collections.abc import Iterator
+from hashlib import blake2b
+
+from spmd.io.rows import MAX_LINE_BYTES, BadRow, Job, RowParser, load
+from spmd.io.wording import first_line
+
+
+class Reader:
+    """Iterates over the jobs and bad rows of one replica, holding one line at a time.
+
+    Rows are numbered from 0 without blank lines, and row i belongs to replica `i % dp`. All ranks agree on duplicates:
+    the first row with a custom_id keeps it, whether or not it can be answered, and later ones are bad rows. This takes
+    an 8-byte digest of each id in a set, about 90 bytes a row (18 MB for 200,000 rows).
+
+    Args:
+        path: the input file, one JSON object a line.
+        parser: what turns lines into jobs.
+        dp_rank: the replica whose rows to give.
+        dp: number of replicas.
+
+    Raises:
+        ValueError: the file can't be read or is empty. Raised here and not at the first row: the model loads between.
+    """
+
+    def __init__(self, path: str, parser: RowParser, dp_rank: int = 0, dp: int = 1) -> None:
+        self.path = path
+        self.parser = parser
+        self.dp_rank = dp_rank
+        self.dp = dp
+        self.size = check_input(path)  # bytes
+        self.consumed = 0  # bytes
+        self.rows = 0  # of all replicas so far
+
+    def __iter__(self) -> Iterator[Job | BadRow]:
+        seen: set[int] = set()
+        for line in self._lines():
+            index = self.rows
+            self.rows += 1
+            row = load(line, index)
+            digest = int.from_bytes(blake2b(row.custom_id.encode(), digest_size=8).digest(), "little")
+            duplicate = digest in seen
+            seen.add(digest)
+            if index % self.dp != self.dp_rank:
+                continue
+            if isinstance(row, BadRow):
+                yield row
+            elif duplicate:
+                message = f"custom_id {row.custom_id!r} is that of an earlier row too"
+                yield BadRow(index, row.custom_id, message, "duplicate_custom_id")
+            else:
+                yield self.parser.build(row)
+
+    def _lines(self) -> Iterator[bytes]:
+        """Lines that are not blank; of one that is too long, enough to be found so."""
+        with open(self.path, "rb") as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                self.consumed += len(line)
+                rest = line
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES + 1)
+                    self.consumed += len(rest)
+                if not line.isspace():
+                    yield line
+
+
+def check_input(path: str) -> int:
+    """Size of the input file in bytes.
+
+    Raises:
+        ValueError: it is missing, no file, not readable or empty.
+    """
+    try:
+        if os.path.isdir(path):
+            raise ValueError(f"input={path} is a directory, not a file of one JSON object a line")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ValueError(f"input={path} can't be read: {error.strerror or first_line(error)}") from error
+    if size == 0:
+        raise ValueError(f"input={path} is empty")
+    return size

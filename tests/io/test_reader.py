@@ -1,0 +1,115 @@
+import json
+import tracemalloc
+
+import pytest
+from broken_rows import MAX_MODEL_LEN, make_rows
+from tiny_tokenizer import make_tokenizer
+
+from spmd.config import SamplingConfig
+from spmd.io import rows
+from spmd.io.reader import Reader
+from spmd.io.rows import BadRow, Job, RowParser
+
+PARSER = RowParser(make_tokenizer(), {}, SamplingConfig(), MAX_MODEL_LEN, 1000, 269)
+
+
+def write(path, lines):
+    path.write_bytes(b"".join(lines))
+    return str(path)
+
+
+def read(path, dp=1):
+    """Results of all replicas in the order of their rows."""
+    results = [result for dp_rank in range(dp) for result in Reader(path, PARSER, dp_rank, dp)]
+    return sorted(results, key=lambda result: result.index)
+
+
+def describe(results):
+    return [(type(result), result.index, result.custom_id, getattr(result, "message", None)) for result in results]
+
+
+@pytest.mark.parametrize("dp", [2, 3])
+def test_replicas_together_read_what_one_reads(tmp_path, dp):
+    path = write(tmp_path / "in.jsonl", make_rows(300, 60))
+    assert describe(read(path, dp)) == describe(read(path))
+    assert [result.index for result in Reader(path, PARSER, 1, dp)] == list(range(1, 360, dp))
+
+
+def test_a_thousand_rows_with_a_hundred_broken_ones(tmp_path):
+    results = read(write(tmp_path / "in.jsonl", make_rows(900, 100)))
+    assert [result.index for result in results] == list(range(1000))
+    assert sum(isinstance(result, Job) for result in results) == 900
+    bad = [result for result in results if isinstance(result, BadRow)]
+    assert len(bad) == 100 and len({result.message for result in bad}) >= 60
+    assert {result.code for result in bad} == {
+        *("invalid_json", "invalid_request", "context_length_exceeded", "duplicate_custom_id")
+    }
+
+
+def test_duplicates_are_found_across_replicas_and_the_first_wins(tmp_path):
+    row = b'{"custom_id": "a", "prompt": "x"}\n'
+    named_as_generated = b'{"custom_id": "row-4", "prompt": "x"}\n'
+    broken = b'{"custom_id": "b", "prompt": 5}\n'
+    path = write(tmp_path / "in.jsonl", [row, row, named_as_generated, row, b'{"prompt": "x"}\n', broken, broken])
+    for dp in (1, 2, 3):
+        results = read(path, dp)
+        codes = [getattr(result, "code", "") for result in results]
+        duplicate = "duplicate_custom_id"
+        assert codes == ["", duplicate, "", duplicate, duplicate, "invalid_request", duplicate]
+        assert "'a'" in results[1].message
+
+
+def test_blank_lines_count_nowhere_and_the_last_newline_may_be_missing(tmp_path):
+    lines = [b"\n", b'{"prompt": "x"}\r\n', b"  \t\n", b"\r\n", b'{"prompt": "y"}']
+    reader = Reader(write(tmp_path / "in.jsonl", lines), PARSER)
+    assert [(result.index, result.custom_id) for result in reader] == [(0, "row-0"), (1, "row-1")]
+    assert (reader.rows, reader.consumed) == (2, reader.size)
+
+
+def test_it_streams(tmp_path):
+    reader = Reader(write(tmp_path / "in.jsonl", [b'{"prompt": "hello"}\n'] * 1000), PARSER)
+    next(iter(reader))
+    assert reader.rows == 1 and reader.consumed == reader.size // 1000
+
+
+def test_a_line_too_large_to_hold_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("spmd.io.reader.MAX_LINE_BYTES", 100)
+    good, exact = b'{"prompt": "x"}\n', b'{"prompt": "x"}'.ljust(99) + b"\n"
+    for length in (99, 100, 101, 202, 1000):
+        lines = [good, b"a" * length + b"\n", good, exact, b"a" * length]
+        reader = Reader(write(tmp_path / "in.jsonl", lines), PARSER)
+        assert [type(result) for result in reader] == [Job, BadRow, Job, Job, BadRow], length
+        assert reader.consumed == reader.size
+
+
+def test_memory_is_a_digest_a_row(tmp_path):
+    lines = [json.dumps({"custom_id": f"{n:0200}"}).encode() + b"\n" for n in range(20000)]
+    path = write(tmp_path / "in.jsonl", lines)
+    reader = Reader(path, PARSER, dp_rank=0, dp=10**6)
+    tracemalloc.start()
+    assert sum(1 for _ in reader) == 1
+    assert reader.rows == 20000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20000 * 200  # the set holds two tables while it grows
+
+
+def test_inputs_that_cannot_be_read_fail_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"input=.*missing.* can't be read: No such file"):
+        Reader(str(tmp_path / "missing"), PARSER)
+    with pytest.raises(ValueError, match="is a directory"):
+        Reader(str(tmp_path), PARSER)
+    with pytest.raises(ValueError, match="is empty"):
+        Reader(write(tmp_path / "empty", []), PARSER)
+
+
+def test_an_input_without_permission(tmp_path, monkeypatch):
+    path = write(tmp_path / "in.jsonl", [b"{}\n"])
+
+    def deny(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", deny)  # root, who may run the tests, is never denied
+    with pytest.raises(ValueError, match="can't be read: Permission denied"):
+        Reader(path, PARSER)
