@@ -1,0 +1,115 @@
+"""What one rank counts while it works: latencies of its requests, tokens, rows, and how long its stage was busy.
+
+Every rank has a `Metrics`; on all but the leader of a replica only the stage's times are filled. At the end rank 0
+gathers and merges them. All is plain data of a size that does not grow with the number of rows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from spmd.report.histogram import Histogram
+from spmd.schedule.request import Request
+
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+COUNTERS = (
+    "rows_ok",
+    "rows_failed",
+    "prompt_tokens",
+    "output_tokens",
+    "preemptions",
+    "cache_hit_tokens",
+    "cache_queried_tokens",
+)
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds on the leader's clock for one request that is not finished; `tokens` counts its output."""
+
+    arrival: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class StageTime:
+    """Seconds summed over the ranks of one stage."""
+
+    busy: float = 0.0  # in forward
+    wall: float = 0.0  # in the work phase
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Latencies are `vllm bench serve`'s. Counters are public: whoever sees an event adds to its counter."""
+
+    ttft: Histogram = field(default_factory=Histogram)  # arrival to first token
+    tpot: Histogram = field(default_factory=Histogram)  # a request's mean time per token after the first
+    itl: Histogram = field(default_factory=Histogram)  # between neighbouring tokens
+    e2el: Histogram = field(default_factory=Histogram)  # arrival to end
+
+    rows_ok: int = 0  # answered input rows; a row with n > 1 is one
+    rows_failed: int = 0
+    prompt_tokens: int = 0  # of finished requests; a prompt with n > 1 is counted once
+    output_tokens: int = 0
+    preemptions: int = 0
+    cache_hit_tokens: int = 0  # prompt tokens found in the prefix cache
+    cache_queried_tokens: int = 0  # prompt tokens looked up in it
+
+    startup_seconds: float = 0.0  # launch to the first tick; once merged, of the slowest rank
+    wall_seconds: float = 0.0  # the work phase; once merged, of the slowest rank
+    stages: dict[int, StageTime] = field(default_factory=dict)
+
+    _open: dict[tuple[int, int], _Clock] = field(default_factory=dict, init=False, repr=False)
+
+    def arrived(self, request: Request, now: float) -> None:
+        """The request may be scheduled from now on."""
+        self._open[request.index, request.choice] = _Clock(now)
+
+    def token(self, request: Request, now: float) -> None:
+        """One output token of the request was committed."""
+        clock = self._open[request.index, request.choice]
+        if clock.tokens:
+            self.itl.add(now - clock.last)
+        else:
+            clock.first = now
+            self.ttft.add(now - clock.arrival)
+        clock.tokens += 1
+        clock.last = now
+
+    def finished(self, request: Request, now: float) -> None:
+        """The request ended with an answer."""
+        clock = self._open.pop((request.index, request.choice))
+        self.e2el.add(now - clock.arrival)
+        if clock.tokens > 1:
+            self.tpot.add((clock.last - clock.first) / (clock.tokens - 1))
+        self.output_tokens += clock.tokens
+        if request.choice == 0:
+            self.prompt_tokens += request.prompt_len
+
+    def aborted(self, request: Request) -> None:
+        """The request ended without an answer: forget it."""
+        self._open.pop((request.index, request.choice), None)
+
+    def stopped(self, stage: int, busy_seconds: float, wall_seconds: float, startup_seconds: float) -> None:
+        """The work phase is over on this rank, whose pp rank is `stage`; called once, before `merge`."""
+        self.stages[stage] = StageTime(busy_seconds, wall_seconds)
+        self.wall_seconds, self.startup_seconds = wall_seconds, startup_seconds
+
+
+def merge(parts: Iterable[Metrics]) -> Metrics:
+    """The metrics of all ranks as one: sums, and the slowest rank's durations. `parts` are left as they were."""
+    whole = Metrics()
+    for part in parts:
+        for name in LATENCIES:
+            getattr(whole, name).merge(getattr(part, name))
+        for name in COUNTERS:
+            setattr(whole, name, getattr(whole, name) + getattr(part, name))
+        whole.startup_seconds = max(whole.startup_seconds, part.startup_seconds)
+        whole.wall_seconds = max(whole.wall_seconds, part.wall_seconds)
+        for stage, time in part.stages.items():
+            total = whole.stages.setdefault(stage, StageTime())
+            total.busy += time.busy
+            total.wall += time.wall
+    return whole

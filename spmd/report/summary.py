@@ -1,0 +1,88 @@
+"""The figures at the end of a run: as a dict with `vllm bench`'s names, as JSON, and as a table for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spmd.report.metrics import LATENCIES, Metrics
+
+
+def as_dict(metrics: Metrics) -> dict[str, Any]:
+    """Figures of merged metrics, named as `vllm bench serve` saves them. Rates are per second of the work phase.
+
+    `stage_busy_percent` has one number a stage, the mean of its ranks; what is missing to 100 is bubble.
+    """
+    m, wall = metrics, metrics.wall_seconds
+    figures: dict[str, Any] = {
+        "completed": m.rows_ok,
+        "failed": m.rows_failed,
+        "startup_seconds": m.startup_seconds,
+        "duration": wall,
+        "total_input_tokens": m.prompt_tokens,
+        "total_output_tokens": m.output_tokens,
+        "request_throughput": _ratio(m.rows_ok, wall),
+        "input_throughput": _ratio(m.prompt_tokens, wall),
+        "output_throughput": _ratio(m.output_tokens, wall),
+        "total_token_throughput": _ratio(m.prompt_tokens + m.output_tokens, wall),
+    }
+    for name in LATENCIES:
+        histogram = getattr(m, name)
+        figures[f"mean_{name}_ms"] = 1e3 * histogram.mean
+        figures[f"median_{name}_ms"] = 1e3 * histogram.percentile(50)
+        figures[f"p99_{name}_ms"] = 1e3 * histogram.percentile(99)
+    return figures | {
+        "stage_busy_percent": [100 * _ratio(time.busy, time.wall) for _, time in sorted(m.stages.items())],
+        "preemptions": m.preemptions,
+        "prefix_cache_hit_tokens": m.cache_hit_tokens,
+        "prefix_cache_queried_tokens": m.cache_queried_tokens,
+    }
+
+
+def json_line(metrics: Metrics, **more: Any) -> str:
+    """The figures, after `more` (what was measured, say), as one line of JSON."""
+    return json.dumps(more | as_dict(metrics), allow_nan=False)
+
+
+def write_json(metrics: Metrics, output: str | Path) -> Path:
+    """Write the figures beside the answers, as `<output stem>.summary.json`, and return that path."""
+    path = Path(output).with_suffix(".summary.json")
+    path.write_text(json.dumps(as_dict(metrics), indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def table(metrics: Metrics) -> str:
+    """The figures for people, in aligned columns; no newline at the end."""
+    f = as_dict(metrics)
+    hits, queried = f["prefix_cache_hit_tokens"], f["prefix_cache_queried_tokens"]
+    total = f["total_input_tokens"] + f["total_output_tokens"]
+    rows = [
+        ("rows", f"{f['completed']:,} ok", f"{f['failed']:,} failed", f"{f['request_throughput']:,.2f} req/s"),
+        ("time", f"{f['duration']:,.2f} s", f"start-up {f['startup_seconds']:,.2f} s"),
+        ("",),
+        ("tokens", "count", "tok/s"),
+        ("  input", f"{f['total_input_tokens']:,}", f"{f['input_throughput']:,.1f}"),
+        ("  output", f"{f['total_output_tokens']:,}", f"{f['output_throughput']:,.1f}"),
+        ("  total", f"{total:,}", f"{f['total_token_throughput']:,.1f}"),
+        ("",),
+        ("latency (ms)", "mean", "p50", "p99"),
+        *(_latency(f, name) for name in LATENCIES),
+        ("",),
+        ("stage", "busy", "bubble"),
+        *((f"  {stage}", f"{busy:.1f} %", f"{100 - busy:.1f} %") for stage, busy in enumerate(f["stage_busy_percent"])),
+        ("",),
+        ("preempted", f"{f['preemptions']:,}"),
+        ("cache hits", f"{100 * _ratio(hits, queried):.1f} %", f"{hits:,} of", f"{queried:,} tokens"),
+    ]
+    return "\n".join(_line(*row) for row in rows)
+
+
+def _latency(figures: dict[str, Any], name: str) -> tuple[str, ...]:
+    return (f"  {name.upper()}", *(f"{figures[f'{kind}_{name}_ms']:,.2f}" for kind in ("mean", "median", "p99")))
+
+
+def _line(label: str, *cells: str) -> str:
+    return (f"{label:<14}" + "".join(f"{cell:>18}" for cell in cells)).rstrip()
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

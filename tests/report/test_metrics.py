@@ -1,0 +1,89 @@
+import pickle
+import random
+
+import pytest
+
+from spmd.report.metrics import Metrics, StageTime, merge
+from spmd.schedule.request import Request, SamplingParams
+
+
+def request(index: int, choice: int = 0, prompt_len: int = 10) -> Request:
+    return Request(index, choice, [1] * prompt_len, SamplingParams())
+
+
+def serve(metrics: list[Metrics]) -> None:
+    """A hundred requests of random timing; request i is counted by metrics[i % len(metrics)]."""
+    clock = random.Random(0)
+    for index in range(100):
+        mine, asked, now = metrics[index % len(metrics)], request(index, prompt_len=1 + index), clock.random()
+        mine.arrived(asked, now)
+        for _ in range(clock.randint(1, 20)):
+            now += clock.random()
+            mine.token(asked, now)
+        mine.finished(asked, now)
+        mine.rows_ok += 1
+
+
+def test_latencies_of_one_request() -> None:
+    metrics, asked = Metrics(), request(0)
+    metrics.arrived(asked, 10.0)
+    for now in (10.5, 10.6, 10.9):
+        metrics.token(asked, now)
+    metrics.finished(asked, 11.0)
+    assert metrics.ttft.mean == pytest.approx(0.5)
+    assert metrics.itl.mean == pytest.approx(0.2)
+    assert metrics.itl.percentile(100) == pytest.approx(0.3, rel=0.01)
+    assert metrics.tpot.mean == pytest.approx(0.2)
+    assert metrics.e2el.mean == pytest.approx(1.0)
+    assert (metrics.prompt_tokens, metrics.output_tokens) == (10, 3)
+
+
+def test_one_token_has_no_time_per_token() -> None:
+    metrics, asked = Metrics(), request(0)
+    metrics.arrived(asked, 0.0)
+    metrics.token(asked, 1.0)
+    metrics.finished(asked, 1.0)
+    assert (metrics.ttft.count, metrics.itl.count, metrics.tpot.count) == (1, 0, 0)
+
+
+def test_a_prompt_counts_once_for_all_its_choices() -> None:
+    metrics = Metrics()
+    for choice in range(3):
+        asked = request(7, choice)
+        metrics.arrived(asked, 0.0)
+        metrics.token(asked, 1.0)
+        metrics.finished(asked, 1.0)
+    assert (metrics.prompt_tokens, metrics.output_tokens) == (10, 3)
+
+
+def test_an_aborted_request_leaves_nothing_open() -> None:
+    metrics, asked = Metrics(), request(0)
+    metrics.arrived(asked, 0.0)
+    metrics.aborted(asked)
+    metrics.aborted(asked)
+    assert metrics == Metrics()
+
+
+def test_merge_equals_single() -> None:
+    single, parts = Metrics(), [Metrics() for _ in range(3)]
+    serve([single])
+    serve(parts)
+    assert merge(parts) == merge([single]) == single
+
+
+def test_merge_sums_busy_time_by_stage_and_keeps_the_slowest_wall() -> None:
+    parts = [Metrics() for _ in range(4)]
+    for rank, part in enumerate(parts):
+        part.stopped(stage=rank % 2, busy_seconds=rank, wall_seconds=10 + rank, startup_seconds=5 - rank)
+        part.preemptions = rank
+    whole = merge(parts)
+    assert whole.stages == {0: StageTime(2, 22), 1: StageTime(4, 24)}
+    assert (whole.wall_seconds, whole.startup_seconds, whole.preemptions) == (13, 5, 6)
+    assert parts[0].stages == {0: StageTime(0, 10)}
+
+
+def test_survives_the_trip_to_rank_zero() -> None:
+    metrics = Metrics()
+    serve([metrics])
+    metrics.arrived(request(1_000), 0.0)
+    assert pickle.loads(pickle.dumps(metrics)) == metrics
