@@ -1,0 +1,1 @@
+"""One stage of the network: decoder, attention, KV cache, checkpoint, inputs, sampler."""

@@ -1,0 +1,61 @@
+"""The paged KV cache of one rank: keys and values of the layers its stage owns, for its share of the KV heads.
+
+A layer's keys are `[num_blocks, kv_heads, block_size, head_dim]` (FlashInfer's HND layout): the tokens of one block and
+head lie together, so that gathering a request's blocks yields `[kv_heads, tokens, head_dim]` by plain memory copies of
+whole rows, ready for matrix products. Block 0 is the null block: padding writes there and nothing real reads it.
+"""
+
+import torch
+from torch import Tensor
+
+from spmd.model.architecture import Architecture
+
+
+class KVCache:
+    """Keys and values, allocated once. Zeroed, since a masked NaN would still poison a product."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        tp: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.block_size = block_size
+        self.kv_heads = arch.num_kv_heads // tp
+        shape = (num_layers, num_blocks, self.kv_heads, block_size, arch.head_dim)
+        self.keys = torch.zeros(shape, dtype=arch.dtype, device=device)
+        self.values = torch.zeros(shape, dtype=arch.dtype, device=device)
+        self.heads = torch.arange(self.kv_heads, device=device)
+
+    @staticmethod
+    def bytes_per_block(arch: Architecture, num_layers: int, tp: int, block_size: int) -> int:
+        """Bytes that one block takes on a rank that owns `num_layers` layers."""
+        return 2 * num_layers * block_size * (arch.num_kv_heads // tp) * arch.head_dim * arch.dtype.itemsize
+
+    def write_index(self, slots: Tensor) -> Tensor:
+        """Where `write` puts tokens, one row of `head_dim` a token and head: int64 `[T * kv_heads]` of slots `[T]`."""
+        block, offset = slots[:, None] // self.block_size, slots[:, None] % self.block_size
+        return ((block * self.kv_heads + self.heads) * self.block_size + offset).flatten()
+
+    def read_index(self, tables: Tensor) -> Tensor:
+        """Where `read` finds blocks, one row a block and head: int64 `[R * kv_heads * width]` for `[R, width]`."""
+        return (tables[:, None, :] * self.kv_heads + self.heads[:, None]).flatten()
+
+    def write(self, layer: int, index: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store `k` and `v` `[T, kv_heads, head_dim]`; `layer` counts the stage's own layers from 0."""
+        head_dim = k.shape[-1]
+        self.keys[layer].view(-1, head_dim).index_copy_(0, index, k.reshape(-1, head_dim))
+        self.values[layer].view(-1, head_dim).index_copy_(0, index, v.reshape(-1, head_dim))
+
+    def read(self, layer: int, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[rows * kv_heads, width * block_size, head_dim]` of `rows` tables."""
+        head_dim = self.keys.shape[-1]
+        shape = (rows * self.kv_heads, -1, head_dim)
+        row = self.block_size * head_dim
+        return (
+            self.keys[layer].view(-1, row).index_select(0, index).view(shape),
+            self.values[layer].view(-1, row).index_select(0, index).view(shape),
+        )

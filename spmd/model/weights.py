@@ -1,0 +1,93 @@
+"""How checkpoint tensors map onto a rank's parameters, and the one place where CPU weights are packed.
+
+A module that owns parameters says, tensor by tensor, which slice of the checkpoint fills which part of them (`Piece`).
+The loader knows nothing else about layers, fusing or splitting.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spmd.parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`target` is filled with `tensor[index]`, where `tensor` is the checkpoint's `name`, of shape `shape`."""
+
+    name: str
+    target: Tensor
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+
+
+def whole(name: str, target: Tensor) -> Piece:
+    """A tensor that every rank holds in full."""
+    return Piece(name, target, tuple(target.shape), (slice(None),) * target.dim())
+
+
+def shard(
+    name: str, target: Tensor, dim: int, tp: TensorParallel, size: int | None = None, offset: int = 0, total: int = 0
+) -> Piece:
+    """This rank's slice along `dim` of a tensor split evenly over the tp ranks.
+
+    Args:
+        size: of the part that is split; less than the ranks hold together where the last ones are padded.
+        offset, total: where the part begins within the tensor and the tensor's own size, if it holds several.
+    """
+    local = target.shape[dim]
+    size = local * tp.size if size is None else size
+    start, stop = (min(rank * local, size) for rank in (tp.rank, tp.rank + 1))
+    shape, index = list(target.shape), [slice(None)] * target.dim()
+    shape[dim], index[dim] = total or size, slice(offset + start, offset + stop)
+    return Piece(name, target.narrow(dim, 0, stop - start), tuple(shape), tuple(index))
+
+
+class Weights(nn.Module):
+    """A module that owns parameters."""
+
+    packable: tuple[str, ...] = ()  # those that `linear` multiplies with
+
+    def pieces(self, own: str) -> Iterator[Piece]:
+        """Pieces of its parameters, named relative to the parent module, in which this one is called `own`."""
+        raise NotImplementedError
+
+    def pack(self, rows: int) -> None:
+        """Reorder its weights for forwards of about `rows` rows, where that is faster. No loading after it."""
+        for name in self.packable:
+            weight = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, packed(weight, rows))
+
+
+def empty(dtype: torch.dtype, *shape: int) -> nn.Parameter:
+    """An uninitialised parameter on the default device."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` `[T, in]` times `weight` `[out, in]` transposed, plus `bias`; the weight may be packed."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def packed(weight: Tensor, rows: int) -> Tensor | tuple[Tensor, ...]:
+    """`weight` in oneDNN's own order for products with `rows` rows: on CPUs in bf16, elsewhere the weight itself.
+
+    `F.linear` reorders at every call; doing it once nearly doubles decode throughput (8 rows: 60 to 113 GFLOP/s).
+    float32 stays as it is, so that its results don't depend on this. Stacked weights become a tuple, since what is
+    packed can't be indexed.
+    """
+    ops: Any = torch.ops.mkldnn
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return weight
+    if not hasattr(ops, "_linear_pointwise") or not ops._is_mkldnn_bf16_supported():
+        return weight
+    if weight.dim() == 3:
+        return tuple(ops._reorder_linear_weight(matrix, rows) for matrix in weight.detach())
+    return ops._reorder_linear_weight(weight.detach(), rows)

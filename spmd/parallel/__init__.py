@@ -1,0 +1,1 @@
+"""What travels between ranks: process groups, hidden states, token packets."""

@@ -1,0 +1,212 @@
+"""Logits of our decoder against transformers', for every family and every way of cutting the work."""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from checkpoints import FAMILIES, write_checkpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from spmd.model.architecture import read_architecture
+from spmd.model.batch import Batch, Span
+from spmd.model.checkpoint import load
+from spmd.model.decoder import Decoder
+from spmd.model.kv_cache import KVCache
+from spmd.parallel.tensor import TensorParallel
+
+BLOCK = 4
+PROMPTS = (37, 22, 9)
+SCALINGS = {
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn_with_mscale": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        "beta_fast": 16.0,
+        "truncate": False,
+    },
+}
+VARIANTS = {
+    **{family: (family, {}) for family in FAMILIES},
+    **{f"rope_{name}": ("LlamaForCausalLM", {"rope_parameters": values}) for name, values in SCALINGS.items()},
+    "llama_biased": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "mistral_window": ("MistralForCausalLM", {"sliding_window": 7}),
+    "mixtral_window": ("MixtralForCausalLM", {"sliding_window": 7}),
+    "qwen2_window": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "qwen3_wide_heads": ("Qwen3ForCausalLM", {"head_dim": 32, "num_key_value_heads": 1}),
+    "qwen3_tied": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3_moe_some_dense": (
+        "Qwen3MoeForCausalLM",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": True},
+    ),
+    "sharded": ("Qwen2ForCausalLM", {"shard": "100KB", "tie_word_embeddings": True}),
+}
+
+
+class Pipeline:
+    """Stages run one after the other, and the requests' blocks, scattered over the pool."""
+
+    def __init__(self, path: str, cuts: tuple[int, ...] = (), tp: TensorParallel | None = None, **read: str) -> None:
+        arch = read_architecture(path, **read)
+        edges = [0, *cuts, arch.num_layers]
+        ranges = [range(first, stop) for first, stop in pairwise(edges)]
+        self.stages = [
+            Decoder(arch, layers, layers.start == 0, layers.stop == arch.num_layers, tp) for layers in ranges
+        ]
+        size = self.stages[0].tp.size
+        self.caches = [KVCache(arch, len(layers), 64, BLOCK, size) for layers in ranges]
+        for stage in self.stages:
+            load(stage, path)
+        scattered = torch.randperm(63, generator=torch.Generator().manual_seed(1)) + 1
+        self.tables = scattered[:60].view(4, 15)
+
+    def run(
+        self, chunks: list[tuple[int, int, Tensor]], decodes: Sequence[tuple[int, int, int]] = (), pad: int = 0
+    ) -> Tensor | None:
+        """Logits of decodes (request, position, token), then of prompt chunks (request, start, tokens)."""
+        tokens = [torch.tensor([*(token for _, _, token in decodes), *[0] * pad], dtype=torch.long)]
+        positions = [torch.tensor([*(position for _, position, _ in decodes), *[0] * pad], dtype=torch.long)]
+        rows, spans = len(decodes) + pad, []
+        tables = torch.zeros(rows, 15, dtype=torch.long)
+        tables[: len(decodes)] = self.tables[[request for request, _, _ in decodes]]
+        slots = [tables.gather(1, positions[0][:, None] // BLOCK)[:, 0] * BLOCK + positions[0] % BLOCK]
+        for request, start, chunk in chunks:
+            stop = start + len(chunk)
+            spans.append(Span(sum(map(len, tokens)), len(chunk), stop, self.tables[request, : -(-stop // BLOCK)]))
+            tokens.append(chunk)
+            positions.append(torch.arange(start, stop))
+            slots.append(self.tables[request, positions[-1] // BLOCK] * BLOCK + positions[-1] % BLOCK)
+        sampled = torch.tensor([*range(len(decodes)), *range(rows, sum(map(len, tokens)))])
+        batch = Batch(torch.cat(positions), torch.cat(slots), sampled, rows, tables, positions[0] + 1, spans)
+        x = torch.cat(tokens)
+        for stage, kv in zip(self.stages, self.caches, strict=True):
+            x = stage(x, batch, kv)
+        return x
+
+
+@cache
+def prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 128, (length,), generator=generator) for length in PROMPTS]
+
+
+@torch.inference_mode()
+def reference(path: str) -> list[Tensor]:
+    """transformers' logits of each prompt, `[tokens, vocab]`."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return [model(prompt[None]).logits[0] for prompt in prompts()]
+
+
+def in_all_ways(pipeline: Pipeline, expected: list[Tensor]) -> None:
+    """Whole prompts at once; chunks; then single tokens among chunks; each must give the same logits,
+    on tp rank 0 alone."""
+
+    def check(actual: Tensor | None, *parts: Tensor) -> None:
+        if pipeline.stages[0].tp.rank > 0:
+            assert actual is None
+            return
+        torch.testing.assert_close(actual, torch.cat(parts), rtol=1e-4, atol=2e-5)
+
+    a, b, c = prompts()
+    check(pipeline.run([(0, 0, a), (1, 0, b), (2, 0, c)]), *expected)
+    check(pipeline.run([(0, 0, a[:10]), (1, 0, b[:21])]), expected[0][:10], expected[1][:21])
+    check(pipeline.run([(0, 10, a[10:31]), (2, 0, c[:7])]), expected[0][10:31], expected[2][:7])
+    check(pipeline.run([(0, 31, a[31:36])], [(1, 21, int(b[21]))]), expected[1][21:], expected[0][31:36])
+    check(
+        pipeline.run([], [(0, 36, int(a[36])), (2, 7, int(c[7]))], pad=2),
+        expected[0][36:37],
+        expected[2][7:8],
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_those_of_transformers(tmp_path: Path, variant: str) -> None:
+    family, overrides = VARIANTS[variant]
+    path = write_checkpoint(tmp_path, family, **overrides)
+    in_all_ways(Pipeline(path), reference(path))
+
+
+@pytest.mark.parametrize("variant", ["qwen3_tied", "mistral_window", "MixtralForCausalLM", "sharded"])
+def test_chained_stages_equal_one(tmp_path: Path, variant: str) -> None:
+    family, overrides = VARIANTS[variant]
+    path = write_checkpoint(tmp_path, family, **overrides)
+    in_all_ways(Pipeline(path, cuts=(1, 3)), reference(path))
+
+
+def test_stage_holds_only_its_share(tmp_path: Path) -> None:
+    arch = read_architecture(write_checkpoint(tmp_path, "Qwen3ForCausalLM"))
+    middle = Decoder(arch, range(1, 3), False, False, TensorParallel(0, 2))
+    assert middle.embed_tokens is None and middle.norm is None and middle.lm_head is None
+    whole = Decoder(arch)
+    share = sum(p.numel() for p in middle.parameters()) / sum(p.numel() for p in whole.layers.parameters())
+    assert 0.25 <= share < 0.26  # half the layers, half of each but for the norms
+
+
+def test_long_chunk_is_cut_into_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spmd.model.attention.QUERY_TILE", 8)
+    path = write_checkpoint(tmp_path, "MistralForCausalLM", sliding_window=11)
+    in_all_ways(Pipeline(path), reference(path))
+
+
+def test_packed_bfloat16_equals_dense(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "Qwen3MoeForCausalLM", tie_word_embeddings=True, mlp_only_layers=[0])
+    pipeline = Pipeline(path, dtype="bfloat16")
+    chunks = [(i, 0, prompt) for i, prompt in enumerate(prompts())]
+    dense = pipeline.run(chunks)
+    pipeline.stages[0].pack(8)
+    assert pipeline.stages[0].embed_tokens.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(pipeline.run(chunks), dense, rtol=0.05, atol=0.1)
+
+
+def test_batch_that_samples_nothing(tmp_path: Path) -> None:
+    pipeline = Pipeline(write_checkpoint(tmp_path, "LlamaForCausalLM"), dtype="bfloat16")
+    pipeline.stages[0].pack(8)
+    null, none = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    batch = Batch(null, null, none, 1, null[None], null + 1, [])
+    assert pipeline.stages[0](null, batch, pipeline.caches[0]).shape == (0, 128)
+
+
+def tensor_parallel_rank(rank: int, folder: str, paths: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for path in paths:
+        pipeline = Pipeline(path, cuts=(2,), tp=TensorParallel(rank, 2, dist.group.WORLD))
+        in_all_ways(pipeline, torch.load(f"{path}/expected.pt"))
+    dist.destroy_process_group()
+
+
+def test_two_tensor_parallel_ranks_equal_one(tmp_path: Path) -> None:
+    paths = []
+    for variant in ("llama_biased", "qwen3_tied", "qwen3_moe_some_dense"):
+        family, overrides = VARIANTS[variant]
+        # An odd vocabulary is padded.
+        path = write_checkpoint(tmp_path / variant, family, **overrides | {"vocab_size": 129})
+        torch.save(reference(path), f"{path}/expected.pt")
+        paths.append(path)
+    mp.spawn(tensor_parallel_rank, (str(tmp_path), paths), nprocs=2)
