@@ -1,0 +1,1 @@
+"""The demo: a tiny model of ours that adds two numbers, how it was trained, and prompts it has never seen."""

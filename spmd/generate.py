@@ -1,0 +1,84 @@
+"""The main job: a file of prompts in, a file of answers out.
+
+torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.path=DIR input=in.jsonl output=out.jsonl
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+
+from spmd.build import Worker, start
+from spmd.config import Config
+from spmd.engine import Engine
+from spmd.io.reader import Reader, check_input
+from spmd.io.rows import RowParser
+from spmd.io.tokenizing import load_generation_config, load_tokenizer
+from spmd.io.writer import PartWriter, merge, prepare_output
+from spmd.leader import Leader
+from spmd.report.metrics import Metrics
+from spmd.report.progress import Progress, estimate_rows
+from spmd.report.summary import table, write_json
+from spmd.runtime import main, together
+from spmd.topology import Topology
+
+
+def generate(config: Config, topology: Topology) -> None:
+    """Answer every row of `config.input`.
+
+    Raises:
+        ValueError: what the user can mend.
+    """
+    input, output = config.input, config.output
+    if input is None or output is None:
+        raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
+
+    def check_files() -> None:
+        check_input(input)
+        if topology.rank == 0:
+            prepare_output(output, input)
+
+    worker = start(config, topology, check_files)
+    parser = together(topology, lambda: _parser(worker))
+    reader = Reader(input, parser, topology.dp_rank, topology.dp)
+    writer = PartWriter(output, topology.dp_rank) if topology.is_leader else None
+    leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), writer.write) if writer else None
+    progress = Progress(perf_counter(), config.progress) if topology.rank == 0 else None
+    metrics = worker.run(iter(reader), leader, _show(progress, reader) if progress else None)
+    if writer:
+        writer.close()
+    together(topology, lambda: None)  # every part is closed
+    if progress and metrics:
+        progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
+        merge(output, topology.dp, config.output_order)
+        print(table(metrics))
+        print(f"answers: {output}\nfigures: {write_json(metrics, output)}")
+
+
+def _parser(worker: Worker) -> RowParser:
+    m, arch = worker.config.model, worker.decoder.arch
+    assert m.path is not None
+    return RowParser(
+        load_tokenizer(m.tokenizer or m.path, m.revision),
+        load_generation_config(m.path, m.revision),
+        worker.config.sampling,
+        worker.max_model_len,
+        worker.capacity,
+        arch.vocab_size,
+    )
+
+
+def _show(progress: Progress, reader: Reader) -> Callable[[Engine], None]:
+    """Rank 0 knows its own replica; the others, which have as many rows, are taken to be as far."""
+    dp = reader.dp
+
+    def watch(engine: Engine) -> None:
+        scheduler = engine.scheduler
+        done = max(0, engine.rows - scheduler.num_requests) * dp  # a row with n > 1 is n requests
+        total = estimate_rows(reader.rows, reader.consumed, reader.size)
+        running, waiting = scheduler.num_running * dp, len(scheduler.waiting) * dp
+        progress.update(perf_counter(), done, total, engine.output_tokens * dp, running, waiting)
+
+    return watch
+
+
+if __name__ == "__main__":
+    main(generate)
