@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Runs spmd on this machine, one process for each of the dp * pp * tp ranks that the config asks for:
+#   launch/local.sh [--prog generate|bench] topology=pp2 model.path=DIR input=in.jsonl output=out.jsonl
+# All but --prog goes to Hydra as it stands. Python is $PYTHON, else the active venv's, else .venv's, else python3.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export SPMD_HOME=$root PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+prog=generate
+if [ "${1:-}" = --prog ]; then
+  prog=${2:-}
+  shift $(($# > 1 ? 2 : 1))
+fi
+case $prog in
+  generate | bench) ;;
+  *) echo "--prog is generate or bench, not '$prog'" >&2; exit 2 ;;
+esac
+
+python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
+if [ -z "$python" ]; then
+  python=$root/.venv/bin/python
+  [ -x "$python" ] || python=python3
+fi
+
+for arg in "$@"; do  # what only prints needs no ranks
+  case $arg in
+    -h | --help | --hydra-help | --version | -c | --cfg | --cfg=* | -i | --info | --info=*)
+      exec "$python" -m "spmd.$prog" "$@" ;;
+  esac
+done
+
+processes=$("$python" "$root/launch/size.py" "$@") || exit 2
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
+fi
+exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m "spmd.$prog" "$@"

@@ -1,0 +1,25 @@
+"""A stand-in for Python that prints how the launcher would start the ranks, instead of starting them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """A folder like a ready venv, whose python runs scripts but prints the arguments of `-m`, one a line."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"""#!/bin/sh
+if [ "$1" = -m ]; then
+  printf '%s\\n' "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS"
+else
+  exec {sys.executable} "$@"
+fi
+"""
+    )
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".ready").touch()
+    return tmp_path / "venv"
