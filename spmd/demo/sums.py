@@ -8,20 +8,19 @@ from hashlib import blake2b
 LIMIT = 1000  # operands lie in [0, LIMIT)
 
 
-def digest(a: int, b: int) -> int:
-    """64 bits of the unordered pair, equal on every machine."""
-    return int.from_bytes(blake2b(f"{min(a, b)}+{max(a, b)}".encode(), digest_size=8).digest(), "big")
+def prompt(a: int, b: int) -> str:
+    return f"{a}+{b}="
 
 
 def is_held_out(a: int, b: int) -> bool:
-    return digest(a, b) % 50 == 0
+    return _digest(f"{min(a, b)}+{max(a, b)}") % 50 == 0
 
 
 def held_out() -> list[tuple[int, int]]:
-    """Every held-out pair (a, b), in the order of its digest: any slice is an even sample."""
-    found = [(a, b) for a in range(LIMIT) for b in range(LIMIT) if is_held_out(a, b)]
-    return sorted(found, key=lambda pair: (digest(*pair), pair))
+    """Every held-out pair (a, b), shuffled by a digest: any slice is an even sample, the same on every machine."""
+    pairs = [(a, b) for a in range(LIMIT) for b in range(LIMIT) if is_held_out(a, b)]
+    return sorted(pairs, key=lambda pair: _digest(prompt(*pair)))
 
 
-def prompt(a: int, b: int) -> str:
-    return f"{a}+{b}="
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")

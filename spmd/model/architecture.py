@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from spmd.model.rope import ROPE_TYPES, RopeConfig
@@ -148,7 +149,8 @@ def _read_config(path: str, revision: str | None, overrides: dict[str, Any]) -> 
         values, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model.path={path} is neither a model folder nor a Hub id within reach: {reason}") from error
+        kind = "" if folder.is_dir() else " is neither a model folder nor a Hub id within reach"
+        raise ValueError(f"model.path={path}{kind}: {reason}") from error
     name, model_type = _family_name(path, values), values.pop("model_type")
     if "num_hidden_layers" in overrides:
         values.pop("layer_types", None)  # one entry a layer: the family's rule makes them anew
@@ -158,7 +160,7 @@ def _read_config(path: str, revision: str | None, overrides: dict[str, Any]) -> 
         if unknown:
             raise ValueError(f"model.overrides names {', '.join(unknown)}, which no {model_type} config has")
         return name, AutoConfig.for_model(model_type, **(values | overrides))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"model.path={path}: {' '.join(str(error).split())}") from error
 
 

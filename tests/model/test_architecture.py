@@ -90,6 +90,7 @@ def test_sparse_layers(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*supported"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic.*yarn"),
+        ({"hidden_size": "wide"}, "hidden_size"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
     ],
 )
@@ -99,8 +100,11 @@ def test_what_is_not_supported(tmp_path: Path, changes: dict[str, Any], message:
     assert "\n" not in str(raised.value)
 
 
-def test_missing_config(tmp_path: Path) -> None:
+def test_missing_or_broken_config(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json"):
+        read_architecture(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^model\.path=.*: .*JSON"):
         read_architecture(str(tmp_path))
     with pytest.raises(ValueError, match="nowhere is neither a model folder nor a Hub id") as raised:
         read_architecture(str(tmp_path / "nowhere"))
