@@ -1,0 +1,40 @@
+"""Synthetic rows: random token ids and lengths from a fixed seed, equal on every rank and for every engine compared."""
+
+import random
+from collections.abc import Iterator
+
+from spmd.config import Config, WorkloadConfig
+from spmd.io.rows import Job
+from spmd.schedule.request import Request, SamplingParams
+from spmd.topology import Topology
+
+
+def prompts(workload: WorkloadConfig, num_prompts: int, vocab_size: int) -> Iterator[tuple[list[int], int]]:
+    """Token ids and output length of each prompt."""
+    rng = random.Random(workload.seed)
+    for _ in range(num_prompts):
+        length, output = rng.randint(*workload.input_len), rng.randint(*workload.output_len)
+        yield [rng.randrange(vocab_size) for _ in range(length)], output
+
+
+def jobs(config: Config, num_prompts: int, vocab_size: int, capacity: int, topology: Topology) -> Iterator[Job]:
+    """The greedy, fixed-length rows of this replica.
+
+    Raises:
+        ValueError: the longest row doesn't fit the KV cache.
+    """
+    w = config.workload
+    longest = w.input_len[1] + w.output_len[1]
+    if longest > capacity:
+        raise ValueError(
+            f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {longest} tokens of KV "
+            f"cache, a request can have {capacity}; raise scheduler.num_blocks"
+        )
+    return _jobs(w, num_prompts, vocab_size, topology)
+
+
+def _jobs(workload: WorkloadConfig, num_prompts: int, vocab_size: int, topology: Topology) -> Iterator[Job]:
+    for index, (tokens, output) in enumerate(prompts(workload, num_prompts, vocab_size)):
+        if index % topology.dp == topology.dp_rank:
+            params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+            yield Job(index, f"row-{index}", False, [Request(index, 0, tokens, params)], tokens)
