@@ -5,25 +5,15 @@ Imports no torch, so that a mistake shows in a second, once, and before any rank
 
 import sys
 
-import hydra
-from omegaconf import DictConfig
-
-from spmd.config import check, from_hydra, register_schema
-
-
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    config = from_hydra(cfg)
-    size = config.topology.dp * config.topology.pp * config.topology.tp
-    try:
-        check(config, size)
-    except ValueError as error:
-        sys.exit(str(error))
-    print(size)
-
+from spmd.compose import USAGE, compose, tell
+from spmd.config import check
 
 if __name__ == "__main__":
-    if {"-m", "--multirun"} & set(sys.argv):
-        sys.exit("--multirun would sweep inside every rank; launch once for each point of the sweep instead")
-    register_schema()
-    main()
+    try:
+        config = compose()
+        size = config.topology.dp * config.topology.pp * config.topology.tp
+        check(config, size)
+    except ValueError as error:
+        tell(error)
+        sys.exit(USAGE)
+    print(size)

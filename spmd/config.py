@@ -4,7 +4,7 @@
 of the package receives. Names are vLLM's where vLLM has one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -130,8 +130,15 @@ def register_schema() -> None:
 
 
 def from_hydra(cfg: DictConfig) -> Config:
-    """The frozen Config of a composed Hydra configuration."""
-    config = OmegaConf.to_object(cfg)
+    """The frozen Config of a composed Hydra configuration.
+
+    Raises:
+        ValueError: it has a key that is none of ours; with a + before it Hydra lets it pass.
+    """
+    try:
+        config = OmegaConf.to_object(cfg)
+    except FrozenInstanceError as error:
+        raise ValueError(f"unknown key {str(error).split()[-1]}, added with +") from error
     assert isinstance(config, Config)
     return config
 
@@ -202,6 +209,8 @@ def _get(config: Config, key: str) -> Any:
 
 def _writable(node: DictConfig) -> DictConfig:
     OmegaConf.set_readonly(node, None)
+    if node._metadata.object_type is dict:
+        OmegaConf.set_struct(node, False)  # model.overrides takes any key of config.json
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):

@@ -1,4 +1,4 @@
-"""What the workload takes with transformers' own `generate`: static batches, left padding, a batch ends with its longest.
+"""The workload with transformers' own `generate`: static batches, left padding, a batch ends with its longest row.
 
 python -m spmd.bench.reference model=small workload=cpu scheduler.max_num_seqs=16
 
@@ -7,6 +7,7 @@ Takes the bench's configuration; batches have `scheduler.max_num_seqs` rows. Onl
 
 import json
 from time import perf_counter
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,7 +36,7 @@ def reference(config: Config, topology: Topology) -> None:
 
 
 @torch.inference_mode()
-def _generate(model: torch.nn.Module, rows: Rows) -> None:
+def _generate(model: Any, rows: Rows) -> None:
     longest, new = max(len(prompt) for prompt, _ in rows), max(output for _, output in rows)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in rows])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in rows])

@@ -29,6 +29,7 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=arch.dtype, device=device)
         self.values = torch.zeros(shape, dtype=arch.dtype, device=device)
         self.heads = torch.arange(self.kv_heads, device=device)
+        self.buffers = [self.keys.new_empty(0, 0), self.keys.new_empty(0, 0)]
 
     @staticmethod
     def bytes_per_block(arch: Architecture, num_layers: int, tp: int, block_size: int) -> int:
@@ -51,11 +52,15 @@ class KVCache:
         self.values[layer].view(-1, head_dim).index_copy_(0, index, v.reshape(-1, head_dim))
 
     def read(self, layer: int, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[rows * kv_heads, width * block_size, head_dim]` of `rows` tables."""
+        """Keys and values `[rows * kv_heads, width * block_size, head_dim]` of `rows` tables, until the next read.
+
+        They stand in buffers that are kept: fresh memory would cost more in page faults than the copy itself.
+        """
         head_dim = self.keys.shape[-1]
-        shape = (rows * self.kv_heads, -1, head_dim)
-        row = self.block_size * head_dim
-        return (
-            self.keys[layer].view(-1, row).index_select(0, index).view(shape),
-            self.values[layer].view(-1, row).index_select(0, index).view(shape),
-        )
+        width = self.block_size * head_dim
+        if len(index) > len(self.buffers[0]):
+            self.buffers = [self.keys.new_empty(len(index) * 5 // 4, width) for _ in range(2)]
+        for source, buffer in zip((self.keys[layer], self.values[layer]), self.buffers, strict=True):
+            torch.index_select(source.view(-1, width), 0, index, out=buffer[: len(index)])
+        keys, values = (buffer[: len(index)].view(rows * self.kv_heads, -1, head_dim) for buffer in self.buffers)
+        return keys, values

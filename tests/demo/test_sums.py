@@ -14,6 +14,7 @@ def test_split_holds_out_both_orders_of_two_percent() -> None:
 def test_split_never_changes() -> None:
     """The shipped checkpoint was trained on the rest of exactly this split."""
     assert len(held_out()) == 20043
+    assert is_held_out(555, 589) and not is_held_out(347, 218)
 
 
 def test_training_never_draws_a_held_out_pair() -> None:

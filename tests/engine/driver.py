@@ -1,0 +1,135 @@
+"""One rank of a run under test: the engine as the main job builds it, watched after every tick."""
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from oracle import Answer
+from ranks import Ranks
+from tiny_tokenizer import make_tokenizer
+
+from spmd.build import start
+from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, check
+from spmd.engine import Engine
+from spmd.io.reader import Reader
+from spmd.io.rows import RowParser
+from spmd.leader import Leader
+from spmd.report.metrics import Metrics
+from spmd.topology import Topology
+
+tokenizer = cache(make_tokenizer)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one rank planned at one tick."""
+
+    digest: bytes
+    num_decodes: int
+    padded_decodes: int
+    chunks: list[tuple[int, int, int]]  # of prompts: row, start, count
+    sampled: list[int]  # rows of the input
+
+
+@dataclass
+class Report:
+    """What one rank saw."""
+
+    num_blocks: int
+    samples: bool  # whether this rank has a sampler
+    answers: dict[str, Answer] = field(default_factory=dict)  # on the leader of a replica
+    ticks: list[Tick] = field(default_factory=list)
+    preemptions: int = 0
+    cached_tokens: int = 0
+
+
+def configure(
+    model: str, input: str, run_dir: str, topology: tuple[int, ...], layers: list[int] | None = None, **scheduler: Any
+) -> Config:
+    """A checked configuration; `topology` is (dp, pp, tp). Small seats, blocks and chunks unless told otherwise."""
+    dp, pp, tp = topology
+    small = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 4}
+    config = Config(
+        model=ModelConfig(path=model),
+        topology=TopologyConfig(dp, pp, tp, layers),
+        scheduler=SchedulerConfig(**small | scheduler),
+        input=input,
+        device="cpu",
+        run_dir=run_dir,
+    )
+    check(config, dp * pp * tp)
+    return config
+
+
+def drive(rank: int, config: Config, delays_ms: Sequence[float] = ()) -> Report:
+    """Answer `config.input` on this rank, after each tick asserting that the scheduler is intact.
+
+    `delays_ms`: the longest pause of each rank after a tick; how long one is, each rank draws for itself.
+    """
+    t = config.topology
+    topology = Topology(t.dp, t.pp, t.tp, rank)
+    worker = start(config, topology)
+    logging.getLogger("spmd").handlers.clear()
+    vocab_size = worker.decoder.arch.vocab_size
+    parser = RowParser(tokenizer(), {}, config.sampling, worker.max_model_len, worker.capacity, vocab_size)
+    assert config.input is not None
+    reader = Reader(config.input, parser, topology.dp_rank, topology.dp)
+    report = Report(worker.num_blocks, topology.is_leader)
+    leader = Leader(tokenizer(), "tested", Metrics(), _keep(report)) if topology.is_leader else None
+    worker.run(iter(reader), leader, _watch(report, random.Random(rank), delays_ms[rank] if delays_ms else 0.0))
+    return report
+
+
+def _keep(report: Report) -> Callable[[int, str], None]:
+    def write(index: int, line: str) -> None:
+        answer = json.loads(line)
+        assert answer["error"] is None, answer
+        choices = answer["response"]["body"]["choices"]
+        kept = [(choice["token_ids"], choice["finish_reason"], choice["stop_reason"]) for choice in choices]
+        assert answer["custom_id"] not in report.answers, "answered twice"
+        report.answers[answer["custom_id"]] = kept
+
+    return write
+
+
+def _watch(report: Report, rng: random.Random, delay_ms: float) -> Callable[[Engine], None]:
+    def watch(engine: Engine) -> None:
+        scheduler, plan = engine.scheduler, engine.ring[-1]
+        scheduler.check(engine.ring)
+        assert (engine.stage.sampler is not None) == report.samples
+        first = plan.num_decodes
+        rows = [request.index for request in plan.requests]
+        chunks = list(zip(rows, plan.starts, plan.counts, strict=True))[first:]
+        sampled = [request.index for request in plan.sampled]
+        report.ticks.append(Tick(plan.digest(), first, plan.padded_decodes, chunks, sampled))
+        report.preemptions = scheduler.counters.preemptions
+        report.cached_tokens = scheduler.counters.cached_tokens
+        if delay_ms:
+            time.sleep(rng.random() * delay_ms / 1000)
+
+    return watch
+
+
+def run(ranks: Ranks, config: Config, drive: Callable[..., Report] = drive, *args: Any) -> list[Report]:
+    """Reports of all ranks, after asserting what holds for every run: ranks of a replica planned alike."""
+    t = config.topology
+    reports = ranks.run(t.dp * t.pp * t.tp, drive, config, *args)
+    for replica in Topology(t.dp, t.pp, t.tp).replicas():
+        first, *others = (reports[rank] for rank in replica)
+        for other in others:
+            assert other.ticks == first.ticks
+            assert other.num_blocks == first.num_blocks
+        assert [rank for rank in replica if reports[rank].samples] == [replica[-t.tp]]
+    return reports
+
+
+def answers(reports: list[Report]) -> dict[str, Answer]:
+    """The answers of all replicas."""
+    found = [(custom_id, answer) for report in reports for custom_id, answer in report.answers.items()]
+    assert len({custom_id for custom_id, _ in found}) == len(found), "answered by two replicas"
+    return dict(found)

@@ -1,0 +1,71 @@
+"""Token packets between real ranks, and the leader that is alone."""
+
+import random
+import time
+
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+from spmd.parallel.groups import connect
+from spmd.parallel.packet import PacketWire
+from spmd.topology import Topology
+
+MOST = 5
+SENT = [
+    ([], []),
+    ([7], [True]),
+    ([], []),
+    ([2**31, 0, 3, 4, 5], [False, True, False, False, True]),
+    ([9, 9], [False, False]),
+]
+
+
+def wire(rank: int, size: int) -> PacketWire:
+    """A replica of `size` stages, whose leader is its last rank."""
+    topology = Topology(pp=size, rank=rank)
+    groups = connect(topology, torch.device("cpu"))
+    return PacketWire(groups.packets, topology.leader, topology.is_leader, MOST)
+
+
+def in_flight(rank: int, depth: int) -> list[tuple[list[int], list[bool]]]:
+    """What this rank takes when each packet is taken `depth` ticks after it was posted, at a pace of its own."""
+    packets, taken, rng = wire(rank, 3), [], random.Random(rank)
+    for tick, (tokens, finished) in enumerate(SENT):
+        if tick >= depth:
+            taken.append(packets.take())
+        # Whatever another rank than the leader posts is not looked at.
+        packets.post(*(tokens, finished) if packets.is_leader else ([1, 2, 3], [True] * 3))
+        time.sleep(rng.random() / 100)
+    taken += [packets.take() for _ in range(min(depth, len(SENT)))]
+    return taken
+
+
+def late_leader(rank: int) -> bool:
+    """Whether posting went on without waiting for the leader, which waits until all others have posted."""
+    packets = wire(rank, 2)
+    if packets.is_leader:
+        dist.recv(torch.zeros(1), 0)
+        for tokens, finished in SENT:
+            packets.post(tokens, finished)
+    else:
+        for _ in SENT:
+            packets.post((), ())
+        dist.send(torch.zeros(1), 1)
+    return [packets.take() for _ in SENT] == SENT
+
+
+def test_every_rank_takes_what_the_leader_posted_in_order(ranks: Ranks) -> None:
+    for depth in (1, 2, 4):
+        assert ranks.run(3, in_flight, depth) == [SENT] * 3
+
+
+def test_posting_waits_for_nobody(ranks: Ranks) -> None:
+    assert ranks.run(2, late_leader) == [True, True]
+
+
+def test_a_leader_alone_needs_no_group() -> None:
+    packets = PacketWire(None, 0, True, MOST)
+    for tokens, finished in SENT:
+        packets.post(tokens, finished)
+    assert [packets.take() for _ in SENT] == SENT

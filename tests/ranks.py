@@ -1,0 +1,124 @@
+"""Runs functions on gloo ranks: a few processes that outlive one run, with fresh process groups each time.
+
+A run looks to its ranks as one of torchrun's: the same environment variables, the store in the parent. It ends in
+bounded time: the first rank to fail fails the run with its traceback, and one that hangs ends itself and leaves its
+stacks. After a failure all processes are replaced; none outlives the pool or, for longer than a run, its parent.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+from spmd.parallel.groups import disconnect
+
+
+class RankFailure(AssertionError):
+    """Names the first rank that failed; the message ends with its traceback."""
+
+
+class Ranks:
+    """Up to `most` ranks. A context manager: leaving it ends their processes."""
+
+    def __init__(self, most: int = 4) -> None:
+        self.most = most
+        self.context = multiprocessing.get_context("forkserver")  # imports torch once for all ranks
+        self.context.set_forkserver_preload(["spmd.generate"])
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks")
+        self.processes: list[BaseProcess] = []
+        self.pipes: list[Connection] = []
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+        self.folder.cleanup()
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        """Results, by rank, of `function(rank, *args)` on ranks 0 .. size - 1. All must be picklable.
+
+        Raises:
+            RankFailure: a rank raised, ended or was not done after `timeout` seconds.
+        """
+        assert size <= self.most
+        while len(self.pipes) < size:
+            self._start()
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for rank, pipe in enumerate(self.pipes[:size]):
+            pipe.send((rank, size, store.port, timeout, function, args))
+        pending, results = dict(enumerate(self.pipes[:size])), [None] * size
+        while pending:
+            ready = wait(pending.values())
+            for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
+                results[rank] = self._result(rank, size)
+                del pending[rank]
+        return results
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.processes, self.pipes = [], []
+
+    def _start(self) -> None:
+        here, there = self.context.Pipe()
+        stacks = self._stacks(len(self.pipes))
+        process = self.context.Process(target=_serve, args=(there, str(stacks)), daemon=True)
+        process.start()
+        there.close()
+        self.processes.append(process)
+        self.pipes.append(here)
+
+    def _result(self, rank: int, size: int) -> Any:
+        try:
+            worked, result = self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join()
+            worked, result = False, f"it ended with exit code {self.processes[rank].exitcode}"
+        if not worked:
+            stuck = [f"\nStacks of rank {other}:\n{text}" for other in range(size) if (text := self._stack_text(other))]
+            self.stop()
+            raise RankFailure(f"rank {rank} of {size} failed: {result}{''.join(stuck)}")
+        return result
+
+    def _stacks(self, rank: int) -> Path:
+        return Path(self.folder.name) / f"stacks-{rank}"
+
+    def _stack_text(self, rank: int) -> str:
+        return self._stacks(rank).read_text() if self._stacks(rank).exists() else ""
+
+
+def _serve(pipe: Connection, stacks: str) -> None:
+    """The life of a rank's process: one run after the other, until one fails."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, size, port, timeout, function, args = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        with open(stacks, "w") as file:
+            faulthandler.dump_traceback_later(timeout, exit=True, file=file)
+            try:
+                result = function(rank, *args)
+                disconnect()
+                pipe.send((True, result))
+            except BaseException:
+                # Connections stay open: if they closed now, other ranks' errors could come before this one.
+                pipe.send((False, f"\n{traceback.format_exc()}"))
+                pipe.poll(None)
+            faulthandler.cancel_dump_traceback_later()

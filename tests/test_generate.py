@@ -1,0 +1,323 @@
+"""The main job end to end: files in, files out, figures, errors and run directory, as a person meets them."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broken_rows import make_rows
+from checkpoints import write_checkpoint
+from jobs import ROOT, bodies, launcher, read_rows, run, run_here, start, torchrun, write_rows
+from ranks import Ranks
+from tiny_tokenizer import make_tokenizer
+
+from spmd.io.reader import Reader
+from spmd.io.writer import PartWriter, parts_folder
+
+DEMO = "model=demo"
+GREEDY = ("sampling.temperature=0", "progress=false")
+ERROR = re.compile(r"^error: .*$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model of 64 positions with the tiny tokenizer, for which the broken rows are made."""
+    folder = tmp_path_factory.mktemp("model")
+    make_tokenizer(folder)
+    return write_checkpoint(folder, "Qwen3ForCausalLM", vocab_size=269, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,000 rows, 100 of them broken."""
+    path = tmp_path_factory.mktemp("broken") / "in.jsonl"
+    path.write_bytes(b"".join(make_rows(900, 100)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def answers(model: str, broken: Path) -> bytes:
+    """What one rank makes of the broken rows, in input order."""
+    output = broken.parent / "answers.jsonl"
+    assert run_here(*GREEDY, *job(model, broken, output)) == 0
+    return output.read_bytes()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty but for an input of one row."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "1+2="}])
+    return tmp_path
+
+
+def job(model: str, input: Path, output: Path) -> tuple[str, ...]:
+    return f"model.path={model}", f"input={input}", f"output={output}", f"run_dir={output.parent / 'run'}"
+
+
+def on_rank(rank: int, *overrides: str) -> tuple[int, str]:
+    """One rank of a job: its exit status and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = run_here(*overrides)
+    return status, printed.getvalue()
+
+
+def sums(count: int, **body: Any) -> list[dict[str, Any]]:
+    """Rows the demo model answers."""
+    return [{"custom_id": f"sum-{i}", "prompt": f"{i % 1000}+{i * 7 % 1000}="} | body for i in range(count)]
+
+
+# -- good and bad rows ------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_become_error_lines_and_the_others_are_answered(
+    model: str, broken: Path, answers: bytes, tmp_path: Path
+) -> None:
+    done = run(torchrun(2, "topology.pp=2", *GREEDY, *job(model, broken, tmp_path / "out.jsonl")), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == answers
+    assert re.search(r"^rows +900 ok +100 failed ", done.stdout, re.MULTILINE)
+    figures = json.loads((tmp_path / "out.summary.json").read_text())
+    assert (figures["completed"], figures["failed"]) == (900, 100)
+    assert len(figures["stage_busy_percent"]) == 2
+    rows = read_rows(tmp_path / "out.jsonl")
+    failed = [row for row in rows if row["error"]]
+    assert len(failed) == 100 and len({row["error"]["message"] for row in failed}) >= 20
+    assert all(row["response"] is None for row in failed)
+    assert all(row["response"]["status_code"] == 200 for row in rows if not row["error"])
+
+
+def test_answers_stand_in_the_order_of_the_input(broken: Path, answers: bytes) -> None:
+    asked = []
+    for index, line in enumerate(broken.read_bytes().splitlines()):
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            asked.append((index, json.loads(line).get("custom_id")))
+    answered = [json.loads(line)["custom_id"] for line in answers.splitlines()]
+    named = [(index, name) for index, name in asked if isinstance(name, str)]
+    assert len(named) > 500
+    assert [name for _, name in named] == [answered[index] for index, _ in named]
+
+
+def test_completion_order_and_replicas_change_no_answer(
+    model: str, broken: Path, answers: bytes, tmp_path: Path, ranks: Ranks
+) -> None:
+    output = tmp_path / "out.jsonl"
+    overrides = ("topology=pp2dp2", *GREEDY, *job(model, broken, output))
+    told = ranks.run(4, on_rank, *overrides)
+    assert [status for status, _ in told] == [0, 0, 0, 0]
+    assert "900 ok" in told[0][1] and not any(text for _, text in told[1:])
+    assert output.read_bytes() == answers
+    ranks.run(4, on_rank, *overrides, "output_order=completion")
+    as_finished = output.read_bytes()
+    assert sorted(as_finished.splitlines()) == sorted(answers.splitlines())
+    assert as_finished != answers
+    assert not parts_folder(str(output)).exists()
+
+
+def test_pitfall_18_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_finish(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sums(2000, max_tokens=2)
+    rows[100] = {"custom_id": "too long", "prompt": "1+" * 100}
+    write_rows(here / "in.jsonl", rows)
+    with open(here / "in.jsonl", "a") as file:
+        file.write('{"prompt": "1+1=", \n')
+    readers: list[Reader] = []
+    read_at_write: list[int] = []
+    make, write = Reader.__init__, PartWriter.write
+
+    def made(self: Reader, *args: Any) -> None:
+        make(self, *args)
+        readers.append(self)
+
+    def written(self: PartWriter, index: int, answer: str) -> None:
+        write(self, index, answer)
+        part = parts_folder("out.jsonl") / "part-0.jsonl"
+        if len(read_at_write) in (0, 100):
+            assert part.read_bytes().count(b"\n") == len(read_at_write) + 1  # at once in the file
+        read_at_write.append(readers[0].rows)
+
+    monkeypatch.setattr(Reader, "__init__", made)
+    monkeypatch.setattr(PartWriter, "write", written)
+    assert run_here(DEMO, "input=in.jsonl", "output=out.jsonl", "scheduler.max_num_seqs=16", *GREEDY) == 0
+    assert read_at_write[0] <= 16
+    answered = {row["custom_id"]: row["error"] and row["error"]["code"] for row in read_rows(here / "out.jsonl")}
+    assert len(answered) == 2001
+    assert {key: code for key, code in answered.items() if code} == {
+        "too long": "context_length_exceeded",
+        "row-2000": "invalid_json",
+    }
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+    peaks = []
+    for count in (200, 20_000):
+        write_rows(tmp_path / f"{count}.jsonl", sums(count, max_tokens=1))
+        overrides = (DEMO, "model.dtype=float32", f"input={count}.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+        child = start([*torchrun(1)[:1], str(ROOT / "tests" / "peak.py"), *overrides], tmp_path)
+        printed, told = child.communicate(timeout=120)
+        assert child.returncode == 0, told
+        assert f"{count:,} ok" in printed
+        peaks.append(int(printed.split()[-1]))
+    assert peaks[1] - peaks[0] < 60 * 2**20
+
+
+# -- what a client gets -----------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_row_on_two_stages(here: Path) -> None:
+    """Through the launcher, with a stop string that holds =, |, a space and a comma, quoted as the README says."""
+    chat = {"method": "POST", "url": "/v1/chat/completions"}
+    asked = [{"role": "user", "content": "347+218="}]
+    rows = [
+        {"custom_id": "text", "prompt": "347+218="},
+        {"custom_id": "ids", "prompt": [6, 7, 10, 13, 5, 4, 11, 14], "return_token_ids": True},
+        {"custom_id": "stop", "prompt": "347+218=", "stop": ["6"]},
+        {"custom_id": "kept", "prompt": "347+218=", "stop": ["6"], "include_stop_str_in_output": True},
+        {"custom_id": "stop id", "prompt": "347+218=", "stop_token_ids": [9]},
+        {"custom_id": "short", "prompt": "347+218=", "max_tokens": 2},
+        {"custom_id": "three", "prompt": "347+218=", "n": 3, "temperature": 5, "seed": 7, "logprobs": 2},
+        {"custom_id": "again", "prompt": "347+218=", "n": 3, "temperature": 5, "seed": 8},
+        {"custom_id": "default stop", "prompt": "347+218", "logit_bias": {"14": 100}, "max_tokens": 3},
+        {"custom_id": "chat", **chat, "body": {"messages": asked, "logprobs": True, "top_logprobs": 2}},
+        {"custom_id": "chat ids", **chat, "body": {"messages": asked, "return_token_ids": True, "priority": -1}},
+    ]
+    write_rows(here / "in.jsonl", rows)
+    stop = """sampling.stop=["==", "a|b=c, d"]"""
+    overrides = ("topology=pp2", DEMO, "scheduler.policy=priority", "input=in.jsonl", "output=out.jsonl", stop, *GREEDY)
+    done = run(launcher(*overrides), here)
+    assert done.returncode == 0, done.stderr
+    got = bodies(here / "out.jsonl")
+    choice = {key: body["choices"][0] for key, body in got.items()}
+
+    text = got["text"]
+    assert text["object"] == "text_completion" and text["id"].startswith("cmpl-")
+    assert text["usage"] == {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
+    assert text["choices"] == [
+        {"index": 0, "text": "565", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    ]
+    assert choice["ids"]["text"] == "565"
+    assert choice["ids"]["prompt_token_ids"] == rows[1]["prompt"] and choice["ids"]["token_ids"] == [8, 9, 8, 1]
+    assert (choice["stop"]["text"], choice["stop"]["stop_reason"]) == ("5", "6")
+    assert (choice["kept"]["text"], choice["kept"]["stop_reason"]) == ("56", "6")
+    assert (choice["stop id"]["text"], choice["stop id"]["stop_reason"]) == ("5", 9)
+    assert (choice["short"]["text"], choice["short"]["finish_reason"]) == ("56", "length")
+    assert (choice["default stop"]["text"], choice["default stop"]["stop_reason"]) == ("", "==")
+
+    three = got["three"]
+    assert [c["index"] for c in three["choices"]] == [0, 1, 2]
+    assert len({c["text"] for c in three["choices"]}) > 1  # at this temperature almost anything may come
+    assert three["usage"]["prompt_tokens"] == 8
+    assert three["usage"]["completion_tokens"] == sum(len(c["logprobs"]["tokens"]) for c in three["choices"])
+    assert [c["text"] for c in got["again"]["choices"]] != [c["text"] for c in three["choices"]]
+    for c in three["choices"]:
+        logprobs = c["logprobs"]
+        assert set(logprobs) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+        assert len({len(values) for values in logprobs.values()}) == 1
+        for token, logprob, top in zip(
+            logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+        ):
+            assert top[token] == logprob <= 0 and 2 <= len(top) <= 3
+
+    assert got["chat"]["object"] == "chat.completion" and got["chat"]["id"].startswith("chatcmpl-")
+    assert choice["chat"]["message"] == {"role": "assistant", "content": "565"}
+    content = choice["chat"]["logprobs"]["content"]
+    assert [entry["token"] for entry in content[:3]] == ["5", "6", "5"]
+    assert content[0]["bytes"] == [53] and len(content[0]["top_logprobs"]) == 2
+    assert content[0]["top_logprobs"][0]["logprob"] == content[0]["logprob"]  # greedy
+    assert got["chat ids"]["prompt_token_ids"] == rows[1]["prompt"]
+    assert choice["chat ids"]["token_ids"] == [8, 9, 8, 1]
+
+
+def test_sampled_answers_do_not_depend_on_the_topology(here: Path, ranks: Ranks) -> None:
+    write_rows(here / "in.jsonl", sums(40, temperature=3.0, n=2, logprobs=1, max_tokens=6))
+    common = (DEMO, "model.dtype=float32", f"input={here}/in.jsonl", f"run_dir={here}/run", "progress=false")
+    assert run_here(*common, "output=one.jsonl") == 0
+    ranks.run(2, on_rank, *common, "topology=pp2", f"output={here}/two.jsonl", "scheduler.max_num_seqs=7")
+    one, two = bodies(here / "one.jsonl"), bodies(here / "two.jsonl")
+    assert [[c["text"] for c in body["choices"]] for body in one.values()] == [
+        [c["text"] for c in body["choices"]] for body in two.values()
+    ]
+
+
+# -- runs over the same files -----------------------------------------------------------------------------------------
+
+
+def test_pitfall_20_one_run_directory_for_all_ranks(here: Path) -> None:
+    """Raw torchrun, run_dir left to rank 0, in a folder that isn't the project's; a warning is told once, too."""
+    overrides = ("topology=pp2", DEMO, "input=in.jsonl", "output=out.jsonl", "scheduler.max_num_seqs=17", *GREEDY)
+    done = run(torchrun(2, *overrides), here)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "out.jsonl", "out.summary.json", "runs"]
+    [run_dir] = (here / "runs").iterdir()
+    assert sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*")) == [
+        "config.yaml",
+        "logs",
+        "logs/rank-0.log",
+        "logs/rank-1.log",
+    ]
+    for rank in range(2):
+        log = (run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert f"rank {rank} of 2: dp0/pp{rank}/tp0" in log and f"rank {1 - rank} of 2" not in log
+    assert done.stdout.count("rows ") == 1
+    assert re.findall("^warning: .*", done.stderr, re.MULTILINE) == [
+        "warning: scheduler.max_num_seqs=17 is no multiple of topology.pp=2: at most 16 requests decode at once; "
+        "16 or 18 wastes no seat"
+    ]
+
+
+def test_a_second_run_replaces_the_answers_and_leftover_parts_do_not_leak(here: Path) -> None:
+    write_rows(here / "in.jsonl", sums(5))
+    common = (DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    assert run_here(*common) == 0
+    first = (here / "out.jsonl").read_bytes()
+    parts = parts_folder("out.jsonl")
+    parts.mkdir()
+    for dp_rank in range(3):
+        (parts / f"part-{dp_rank}.jsonl").write_text('9\t1\t{"custom_id": "of a killed run"}\n3\t2\t{"torn')
+    assert run_here(*common) == 0
+    assert (here / "out.jsonl").read_bytes() == first
+    write_rows(here / "in.jsonl", sums(2))
+    assert run_here(*common) == 0
+    assert (here / "out.jsonl").read_bytes().splitlines() == first.splitlines()[:2]
+    assert not parts.exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_cut_off_leaves_whole_answers_and_no_processes(here: Path, sign: signal.Signals) -> None:
+    """One rank is killed; or torchrun is told to stop, as Ctrl-C does."""
+    write_rows(here / "in.jsonl", sums(30_000))
+    overrides = ("topology=pp2", DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    job = start(torchrun(2, *overrides), here)
+    part = parts_folder(str(here / "out.jsonl")) / "part-0.jsonl"
+    try:
+        deadline = time.monotonic() + 60
+        while not part.exists() or part.stat().st_size < 20_000:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        children = ranks_of(job.pid)
+        assert len(children) == 2
+        os.kill(children[0] if sign == signal.SIGKILL else job.pid, sign)
+        _, told = job.communicate(timeout=40)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode != 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not (here / "out.jsonl").exists()
+    assert told.count("KeyboardInterrupt") == 0
+    whole = part.read_text().splitlines(keepends=True)
+    assert len(whole) >= 20
+    assert all(line.endswith("\n") and json.loads(line.split("\t")[2])["response"] for line in whole)
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The children of a torchrun process."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

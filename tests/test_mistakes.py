@@ -1,0 +1,142 @@
+"""What a person gets wrong at the start: one clear line from one rank, before weights load, and a non-zero exit."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+from jobs import ROOT, run, run_here, torchrun, write_rows
+from safetensors.torch import load_file, save_file
+
+from spmd import build
+
+DEMO = ROOT / "spmd" / "demo" / "model"
+FILES = ("input=in.jsonl", "output=out.jsonl", "run_dir=run", "progress=false")
+Told = Callable[..., str]
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Told:
+    """Runs a job that must fail before it loads weights; the one line it prints."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "1+2="}])
+
+    def tell(*overrides: str, world_size: int = 1) -> str:
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        monkeypatch.setattr(build, "load", None)  # loading would end in a TypeError
+        assert run_here(*overrides) == 2
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("error: ") and err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert not (tmp_path / "out.jsonl").is_file()
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["topology.pq=2"], "Could not override 'topology.pq': Key 'pq' not in 'TopologyConfig'"),
+        (["+colour=red"], "unknown key 'colour', added with +"),
+        (["topology.pp=two"], "Value 'two' of type 'str' could not be converted to Integer"),
+        (["sampling.temperature=hot"], "Value 'hot' of type 'str' could not be converted to Float"),
+        (["topology=pp3"], "Could not find 'topology/pp3': Available options in 'topology': dp2: pp2: "),
+        (["in.jsonl"], "Error parsing override 'in.jsonl': missing EQUAL at '<EOF>'"),
+        (["sampling.stop=[a=b]"], "no viable alternative at input '[a=': a value that holds = , ( ) or ~ needs quo"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["output=${nowhere}"], "Interpolation key 'nowhere' not found"),
+        (["topology.pp=2"], "topology.dp=1 x topology.pp=2 x topology.tp=1 needs 2 processes, torchrun started 1"),
+        (["device=tpu"], "device=tpu is not one of auto, cpu, cuda"),
+        (["scheduler.num_blocks=1"], "scheduler.num_blocks=1 must be at least 2"),
+        (["sampling.seed=1,2", "--multirun"], "--multirun starts one sweep on every rank; sweep outside"),
+        (["model.max_model_len=65"], "model.max_model_len=65 is more than the 64 positions the model was made for"),
+        (["model.path=null"], "model.path is not set: give a folder with config.json, or a Hub id"),
+        (["input=null"], "input and output must be set: input=prompts.jsonl output=answers.jsonl"),
+        (["output=null"], "input and output must be set: input=prompts.jsonl output=answers.jsonl"),
+        (["input=none.jsonl"], "input=none.jsonl can't be read: No such file or directory"),
+        (["input=."], "input=. is a directory"),
+        (["output=."], "output=. is a directory"),
+        (["output=in.jsonl"], "output=in.jsonl is the input: it would be overwritten"),
+        (["run_dir=in.jsonl"], "Not a directory: 'in.jsonl/logs'"),
+        (["output=in.jsonl/out.jsonl"], "output=in.jsonl/out.jsonl can't be written: Not a directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_on_the_command_line(told: Told, overrides: list[str], message: str) -> None:
+    assert message in told("model=demo", *FILES, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        (["topology=pp2", "scheduler.max_num_seqs=1"], 2, "scheduler.max_num_seqs=1 is less than topology.pp=2"),
+        (["topology.pp=5"], 5, "topology.pp=5 needs at least 5 layers, the model has 4"),
+        (
+            ["topology=pp2", "topology.layers=[3,2]"],
+            2,
+            "must list 2 counts >= 1 (topology.pp) that sum to the model's 4",
+        ),
+        (["topology.tp=3"], 3, "topology.tp=3 must divide each of num_attention_heads=4, num_key_value_heads=2, int"),
+        (["topology.tp=4"], 4, "topology.tp=4 must divide each of num_attention_heads=4, num_key_value_heads=2, int"),
+        (["topology=tp2", "+model.overrides.intermediate_size=383"], 2, "intermediate_size=383 of Qwen3ForCausalLM"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_topology(
+    told: Told, overrides: list[str], world_size: int, message: str
+) -> None:
+    assert message in told("model=demo", *FILES, *overrides, world_size=world_size)
+
+
+def test_folders_that_hold_no_model_of_ours(told: Told, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = "model.path=model"
+    assert told(path, *FILES) == "model.path=model has no config.json"
+    (tmp_path / "model" / "config.json").write_text("{")
+    assert told(path, *FILES).startswith("model.path=model: It looks like the config file at")
+    config = json.loads((DEMO / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    unknown = told(path, *FILES)
+    assert "architecture GPT2LMHeadModel is not supported; supported are LlamaForCausalLM, Mistral" in unknown
+
+
+def test_input_that_is_empty_or_not_readable(told: Told, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("")
+    assert told("model=demo", *FILES) == "input=in.jsonl is empty"
+    if os.geteuid():  # root may read anything
+        (tmp_path / "in.jsonl").chmod(0)
+        assert told("model=demo", *FILES) == "input=in.jsonl can't be read: Permission denied"
+
+
+def test_of_two_ranks_one_tells_and_torchrun_ends_both(tmp_path: Path) -> None:
+    """Both see that the world is too small; only the second stage sees that the checkpoint lacks one of its tensors."""
+    write_rows(tmp_path / "in.jsonl", [{"prompt": [1]}])
+    small = run(torchrun(2, "topology.pp=3", "model=demo", *FILES), tmp_path)
+    write_checkpoint(tmp_path / "model", "Qwen3ForCausalLM")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    lacking = run(torchrun(2, "topology.pp=2", "model.path=model", *FILES), tmp_path)
+    for done, message in (
+        (small, "error: topology.dp=1 x topology.pp=3 x topology.tp=1 needs 3 processes, torchrun started 2"),
+        (lacking, "error: model lacks layers.3.mlp.up_proj.weight, which Qwen3ForCausalLM needs [rank 1,"),
+    ):
+        assert done.returncode != 0
+        told = re.findall("^error: .*", done.stderr, re.MULTILINE)
+        assert len(told) == 1 and told[0].startswith(message)
+        assert "spmd/" not in done.stderr, "a traceback of ours"
+
+
+def test_help_and_the_whole_config_without_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_here("--cfg", "job", "topology=pp2", """sampling.stop=["a=b", "c|d"]""") == 0
+    printed = capfd.readouterr().out
+    for key in ("  path: null", "  pp: 2", "  max_num_seqs: 128", "  - a=b", "  - c|d", "output_order: input"):
+        assert f"\n{key}\n" in printed
+    assert run_here("-h") == 0
+    printed = capfd.readouterr().out
+    for key in ("topology: dp2, pp2, pp2dp2", "max_num_batched_tokens: 2048", "gpu_memory_utilization: 0.9"):
+        assert key in printed

@@ -1,0 +1,91 @@
+"""Arithmetic of ranks and layers."""
+
+from itertools import product
+
+import pytest
+
+from spmd.topology import Topology, split_layers
+
+SIZES = list(product((1, 2, 3), repeat=3))  # dp, pp, tp
+
+
+def everyone(dp: int, pp: int, tp: int) -> list[Topology]:
+    return [Topology(dp, pp, tp, rank) for rank in range(dp * pp * tp)]
+
+
+@pytest.mark.parametrize(("dp", "pp", "tp"), SIZES)
+def test_ranks_and_places_are_one_to_one(dp: int, pp: int, tp: int) -> None:
+    world = everyone(dp, pp, tp)
+    places = [(t.dp_rank, t.pp_rank, t.tp_rank) for t in world]
+    assert places == list(product(range(dp), range(pp), range(tp))), "tp innermost, dp outermost"
+    assert [t.rank_of(*place) for t, place in zip(world, places, strict=True)] == list(range(dp * pp * tp))
+    assert {t.world_size for t in world} == {dp * pp * tp}
+
+
+@pytest.mark.parametrize(("dp", "pp", "tp"), SIZES)
+def test_each_replica_has_one_leader_on_its_last_stage(dp: int, pp: int, tp: int) -> None:
+    world = everyone(dp, pp, tp)
+    leaders = [t for t in world if t.is_leader]
+    assert [(t.dp_rank, t.pp_rank, t.tp_rank) for t in leaders] == [(d, pp - 1, 0) for d in range(dp)]
+    assert all(t.leader == leaders[t.dp_rank].rank for t in world)
+    assert [t.is_first_stage for t in world] == [t.pp_rank == 0 for t in world]
+    assert [t.is_last_stage for t in world] == [t.pp_rank == pp - 1 for t in world]
+
+
+@pytest.mark.parametrize(("dp", "pp", "tp"), SIZES)
+def test_neighbouring_stages_know_each_other(dp: int, pp: int, tp: int) -> None:
+    world = everyone(dp, pp, tp)
+    for t in world:
+        if not t.is_last_stage:
+            peer = world[t.next_stage]
+            assert (peer.dp_rank, peer.pp_rank, peer.tp_rank) == (t.dp_rank, t.pp_rank + 1, t.tp_rank)
+            assert peer.previous_stage == t.rank
+
+
+def test_groups_partition_the_world() -> None:
+    topology = Topology(dp=2, pp=2, tp=2)
+    assert topology.replicas() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert topology.stages() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert Topology().replicas() == Topology().stages() == [[0]]
+
+
+def test_a_rank_is_shown_by_its_place() -> None:
+    assert str(Topology(2, 3, 2, rank=9)) == "dp1/pp1/tp1"
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "counts"),
+    [
+        (8, 1, [8]),
+        (8, 4, [2, 2, 2, 2]),
+        (7, 2, [4, 3]),  # no stage between: the first rather than the last, which also samples
+        (7, 3, [2, 3, 2]),
+        (8, 3, [3, 3, 2]),
+        (10, 4, [2, 3, 3, 2]),
+        (11, 4, [3, 3, 3, 2]),
+        (3, 3, [1, 1, 1]),
+    ],
+)
+def test_pitfall_8_a_remainder_goes_to_the_middle_stages(num_layers: int, pp: int, counts: list[int]) -> None:
+    stages = split_layers(num_layers, pp)
+    assert [len(stage) for stage in stages] == counts
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+
+
+def test_pitfall_8_layers_can_be_given() -> None:
+    assert split_layers(7, 3, [1, 5, 1]) == [range(1), range(1, 6), range(6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "total"), [([3, 4], 2, 7), ([2, 2, 2], 3, 6), ([4, 4, -1], 3, 7), ([0, 4, 3], 3, 7)]
+)
+def test_pitfall_8_a_wrong_split_is_refused_with_its_numbers(layers: list[int], stages: int, total: int) -> None:
+    with pytest.raises(ValueError) as error:
+        split_layers(7, 3, layers)
+    assert f"{layers} has {stages} stages and {total} layers" in str(error.value)
+    assert "3 counts >= 1" in str(error.value) and "7 layers" in str(error.value)
+
+
+def test_pitfall_8_fewer_layers_than_stages_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"topology\.pp=4 needs at least 4 layers, the model has 3"):
+        split_layers(3, 4)
