@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
-from spmd.config import Config, decode_rows
+from spmd.config import Config, decode_rows, prefill_spread
 from spmd.engine import Engine
 from spmd.io.rows import BadRow, Job
 from spmd.leader import Leader
@@ -186,7 +186,7 @@ def build_scheduler(config: Config, num_blocks: int) -> Scheduler:
         balanced=s.decode_cap,
         exclusive=s.prefill == "exclusive",
         prefill_batch=s.prefill_batch,
-        prefill_spread=s.prefill_spread,
+        prefill_spread=prefill_spread(config),
         by_priority=s.policy == "priority",
         decode_buckets=tuple(s.decode_buckets),
     )

@@ -40,7 +40,7 @@ class SchedulerConfig:
     async_depth: int = 0  # micro-batches in flight beyond pp
     prefill: str = "mixed"  # mixed: chunks ride along with decodes; exclusive: a plan is all prefill or all decode
     prefill_batch: int = 1  # prompts of one exclusive prefill plan
-    prefill_spread: int = 0  # mixed: spread waiting prompt tokens over this many plans; 0: fill the budget
+    prefill_spread: int | None = None  # mixed: plans that waiting prompts are spread over; 0: one; null: 4 * pp, or 0
     policy: str = "fcfs"  # fcfs, priority
     prefix_caching: bool = True
     decode_cap: bool = True  # at most max_num_seqs // pp decode rows in a plan; off only to measure what it brings
@@ -198,6 +198,13 @@ def decode_rows(config: Config) -> int:
     """B, the decode rows of a micro-batch: max_num_seqs // pp (vLLM-RBLN's decode cap)."""
     s = config.scheduler
     return s.max_num_seqs // config.topology.pp if s.decode_cap else s.max_num_seqs
+
+
+def prefill_spread(config: Config) -> int:
+    """Plans over which waiting prompt tokens are spread; a pipeline needs micro-batches of about equal time."""
+    if config.scheduler.prefill_spread is not None:
+        return config.scheduler.prefill_spread
+    return 4 * config.topology.pp if config.topology.pp > 1 else 0
 
 
 def _get(config: Config, key: str) -> Any:

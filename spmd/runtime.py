@@ -92,8 +92,8 @@ def _tune_cpu() -> None:
     for each shape they meet, 1024 by default, so that memory would grow for hours.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "512")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
 def open_run_dir(config: Config, topology: Topology) -> Path:

@@ -171,12 +171,14 @@ class Scheduler:
         """Prompt tokens for this plan: a share of those that wait, so that micro-batches take about equal time.
 
         Source: token throttling of gLLM (arXiv 2504.14775), without its KV term: admission reserves a prompt's blocks.
+        In whole blocks, so that few shapes of forwards occur.
         """
         if not self.limits.prefill_spread or self.limits.exclusive:
             return self.limits.max_num_batched_tokens
         seated = [*self.prefilling, *self.waiting[: len(self._free_seats)]]
         pending = sum(len(request.tokens) - request.scheduled for request in seated)
-        return max(-(-pending // self.limits.prefill_spread), self.pool.block_size)
+        size = self.pool.block_size
+        return max(1, -(-pending // (self.limits.prefill_spread * size))) * size
 
     def _admit(self, plan: Plan) -> Request | None:
         """Seat the first waiting request if all blocks of its prompt are to be had; it may not jump the queue."""
