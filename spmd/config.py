@@ -91,6 +91,7 @@ class Config:
     input: str | None = None
     output: str | None = None
     output_order: str = "input"  # input: answers stand in input order at the end; completion: as they finished
+    resume: str = "auto"  # auto: keep what an interrupted run with this output answered; fresh: answer all rows anew
     device: str = "auto"  # auto, cpu, cuda
     run_dir: str | None = None  # logs and summary of this run; null: runs/<SLURM job id or start time>
     progress: bool = True
@@ -102,6 +103,7 @@ CHOICES = {
     "model.load_format": ("auto", "safetensors", "dummy"),
     "scheduler.prefill": ("mixed", "exclusive"),
     "scheduler.policy": ("fcfs", "priority"),
+    "resume": ("auto", "fresh"),
     "output_order": ("input", "completion"),
     "device": ("auto", "cpu", "cuda"),
 }

@@ -17,7 +17,7 @@ from spmd.leader import Leader
 from spmd.report.metrics import Metrics
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.runtime import main, together
+from spmd.runtime import from_rank_0, main, together
 from spmd.topology import Topology
 
 
@@ -31,14 +31,17 @@ def generate(config: Config, topology: Topology) -> None:
     if input is None or output is None:
         raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
 
+    answered: list[int] = []  # by earlier attempts
+
     def check_files() -> None:
         check_input(input)
         if topology.rank == 0:
-            prepare_output(output, input)
+            answered.extend(prepare_output(output, input, config.resume == "auto"))
 
     worker = start(config, topology, check_files)
     parser = together(topology, lambda: _parser(worker))
-    reader = Reader(input, parser, topology.dp_rank, topology.dp)
+    answered = from_rank_0(topology, answered)
+    reader = Reader(input, parser, topology.dp_rank, topology.dp, answered, _identity(config))
     writer = PartWriter(output, topology.dp_rank) if topology.is_leader else None
     leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), writer.write) if writer else None
     progress = Progress(perf_counter(), config.progress) if topology.rank == 0 else None
@@ -48,9 +51,16 @@ def generate(config: Config, topology: Topology) -> None:
     together(topology, lambda: None)  # every part is closed
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
-        merge(output, topology.dp, config.output_order)
+        merge(output, topology.dp, config.output_order, reader.placed)
         print(table(metrics))
+        if reader.placed:
+            print(f"resumed: {len(reader.placed):,} more rows were answered by an earlier attempt")
         print(f"answers: {output}\nfigures: {write_json(metrics, output)}")
+
+
+def _identity(config: Config) -> str:
+    """What an answer depends on besides its row and the weights at `model.path`."""
+    return repr((config.model, config.sampling))
 
 
 def _parser(worker: Worker) -> RowParser:
@@ -72,7 +82,7 @@ def _show(progress: Progress, reader: Reader) -> Callable[[Engine], None]:
 
     def watch(engine: Engine) -> None:
         scheduler = engine.scheduler
-        done = max(0, engine.rows - scheduler.num_requests) * dp  # a row with n > 1 is n requests
+        done = max(0, engine.rows - scheduler.num_requests) * dp + len(reader.placed)  # n > 1: n requests a row
         total = estimate_rows(reader.rows, reader.consumed, reader.size)
         running, waiting = scheduler.num_running * dp, len(scheduler.waiting) * dp
         progress.update(perf_counter(), done, total, engine.output_tokens * dp, running, waiting)

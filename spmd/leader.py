@@ -26,9 +26,9 @@ class Open:
 
 class Leader:
     def __init__(
-        self, tokenizer: Any, model: str, metrics: Metrics, write: Callable[[int, str], None] | None = None
+        self, tokenizer: Any, model: str, metrics: Metrics, write: Callable[[int, str, int | None], None] | None = None
     ) -> None:
-        """`write(index, line)` takes the answer of a row; None throws answers away (a benchmark)."""
+        """`write(index, line, key)` takes answers, and errors with key None; None throws all away (a benchmark)."""
         self.tokenizer = tokenizer
         self.model = model
         self.metrics = metrics
@@ -40,7 +40,7 @@ class Leader:
         if isinstance(row, BadRow):
             self.metrics.rows_failed += 1
             if self.write:
-                self.write(row.index, error_line(row))
+                self.write(row.index, error_line(row), None)
             return
         now = perf_counter()
         for request in row.requests:
@@ -68,7 +68,7 @@ class Leader:
             if len(row.completions) < len(row.job.requests):
                 return
             choices = [row.completions[choice] for choice in range(len(row.completions))]
-            self.write(request.index, answer_line(row.job, choices, self.model, self.tokenizer))
+            self.write(request.index, answer_line(row.job, choices, self.model, self.tokenizer), row.job.key)
         del self.rows[request.index]
         self.metrics.rows_ok += 1
 

@@ -65,6 +65,14 @@ def together(topology: Topology, step: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]  # set unless the step failed
 
 
+def from_rank_0(topology: Topology, value: T) -> T:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if topology.world_size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def choose_device(config: Config) -> torch.device:
     """This rank's device.
 
@@ -102,10 +110,8 @@ def open_run_dir(config: Config, topology: Topology) -> Path:
     Raises:
         ValueError: it can't be made, or a rank can't write its log there.
     """
-    chosen = [together(topology, lambda: _make_run_dir(config) if topology.rank == 0 else "")]
-    if topology.world_size > 1:
-        dist.broadcast_object_list(chosen, src=0)
-    run_dir = Path(chosen[0])
+    chosen = together(topology, lambda: _make_run_dir(config) if topology.rank == 0 else "")
+    run_dir = Path(from_rank_0(topology, chosen))
     together(topology, lambda: _log_to(run_dir / "logs" / f"rank-{topology.rank}.log"))
     log.info("rank %d of %d: %s", topology.rank, topology.world_size, topology)
     for warning in warnings(config):

@@ -137,8 +137,8 @@ def test_pitfall_18_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_
         make(self, *args)
         readers.append(self)
 
-    def written(self: PartWriter, index: int, answer: str) -> None:
-        write(self, index, answer)
+    def written(self: PartWriter, index: int, answer: str, key: int | None = None) -> None:
+        write(self, index, answer, key)
         part = parts_folder("out.jsonl") / "part-0.jsonl"
         if len(read_at_write) in (0, 100):
             assert part.read_bytes().count(b"\n") == len(read_at_write) + 1  # at once in the file
@@ -281,13 +281,44 @@ def test_a_second_run_replaces_the_answers_and_leftover_parts_do_not_leak(here: 
     parts = parts_folder("out.jsonl")
     parts.mkdir()
     for dp_rank in range(3):
-        (parts / f"part-{dp_rank}.jsonl").write_text('9\t1\t{"custom_id": "of a killed run"}\n3\t2\t{"torn')
+        (parts / f"part-{dp_rank}.jsonl").write_text('9\t1\tab\t{"custom_id": "of a killed run"}\n3\t2\tcd\t{"torn')
     assert run_here(*common) == 0
     assert (here / "out.jsonl").read_bytes() == first
     write_rows(here / "in.jsonl", sums(2))
     assert run_here(*common) == 0
     assert (here / "out.jsonl").read_bytes().splitlines() == first.splitlines()[:2]
     assert not parts.exists()
+
+
+def test_pitfall_19_resume_goes_by_content_over_a_torn_line_on_another_topology(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sums(40)
+    write_rows(here / "in.jsonl", rows)
+    common = (DEMO, "input=in.jsonl", "run_dir=run", *GREEDY)
+    write, written = PartWriter.write, []
+
+    def until_killed(self: PartWriter, index: int, answer: str, key: int | None = None) -> None:
+        if len(written) == 15:
+            raise KeyboardInterrupt
+        write(self, index, answer, key)
+        written.append(index)
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(PartWriter, "write", until_killed)
+        run_here(*common, "output=out.jsonl")
+    with open(parts_folder("out.jsonl") / "part-0.jsonl", "a") as part:
+        part.write('39\t1\tab\t{"torn')
+    removed, changed, *kept = written
+    rows[changed] = rows[changed] | {"max_tokens": 1}
+    del rows[removed]
+    write_rows(here / "in.jsonl", [{"custom_id": "new", "prompt": "1+2="}, *reversed(rows)])
+    done = run(torchrun(2, "topology=dp2", *common, "output=out.jsonl"), here)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed: {len(kept)} more rows" in done.stdout
+    assert not parts_folder("out.jsonl").exists()
+    assert run_here(*common, "output=fresh.jsonl", "resume=fresh") == 0
+    assert (here / "out.jsonl").read_bytes() == (here / "fresh.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
@@ -315,7 +346,7 @@ def test_a_run_that_is_cut_off_leaves_whole_answers_and_no_processes(here: Path,
     assert told.count("KeyboardInterrupt") == 0
     whole = part.read_text().splitlines(keepends=True)
     assert len(whole) >= 20
-    assert all(line.endswith("\n") and json.loads(line.split("\t")[2])["response"] for line in whole)
+    assert all(line.endswith("\n") and json.loads(line.split("\t")[3])["response"] for line in whole)
 
 
 def ranks_of(pid: int) -> list[int]:

@@ -53,7 +53,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         (["topology.pp=2"], "topology.dp=1 x topology.pp=2 x topology.tp=1 needs 2 processes, torchrun started 1"),
         (["device=tpu"], "device=tpu is not one of auto, cpu, cuda"),
         (["scheduler.num_blocks=1"], "scheduler.num_blocks=1 must be at least 2"),
-        (["sampling.seed=1,2", "--multirun"], "--multirun starts one sweep on every rank; sweep outside"),
+        (["sampling.seed=1,2", "--multirun"], "--multirun would sweep inside every rank; sweep outside"),
         (["model.max_model_len=65"], "model.max_model_len=65 is more than the 64 positions the model was made for"),
         (["model.path=null"], "model.path is not set: give a folder with config.json, or a Hub id"),
         (["input=null"], "input and output must be set: input=prompts.jsonl output=answers.jsonl"),

@@ -83,6 +83,7 @@ class Job:
     requests: list[Request]
     prompt_token_ids: list[int]
     return_token_ids: bool = False
+    key: int | None = None  # digest of the row's content, see `spmd.io.reader`
 
 
 class RowParser:

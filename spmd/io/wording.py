@@ -1,12 +1,13 @@
 """How values and foreign errors are worded in one-line messages."""
 
+import json
 import reprlib
 from typing import Any
 
 
 def show(value: Any) -> str:
-    """A value, short however large it is."""
-    return reprlib.repr(value)
+    """A value, short however large it is; null, true and false as JSON has them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
 
 
 def first_line(error: Exception) -> str:

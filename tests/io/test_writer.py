@@ -48,8 +48,8 @@ def test_a_row_is_seen_as_soon_as_it_is_written(tmp_path):
     writer = PartWriter(output, 0)
     writer.write(7, '{"a": 1}')
     [part] = parts_folder(output).iterdir()
-    row, _, answer = part.read_text().rstrip("\n").split("\t")
-    assert (row, answer) == ("7", '{"a": 1}')
+    row, _, key, answer = part.read_text().rstrip("\n").split("\t")
+    assert (row, key, answer) == ("7", "-", '{"a": 1}')
     writer.close()
 
 
@@ -104,3 +104,22 @@ def test_outputs_that_cannot_be_written_fail_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="can't be written"):
         prepare_output(str(tmp_path / "file" / "out.jsonl"))
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_pitfall_19_answered_rows_are_collected_whole_and_once_and_errors_are_tried_again(tmp_path):
+    output = str(tmp_path / "out.jsonl")
+    for attempt in range(2):  # the second finds the first one's collection and its own copy of row 0
+        assert sorted(prepare_output(output, resume=True)) == ([] if attempt == 0 else [0x10, 0x11])
+        writers = [PartWriter(output, rank) for rank in range(3)]
+        writers[0].write(0, json.dumps({"row": 5}), 0x10)
+        writers[1].write(1, json.dumps({"row": 3}), 0x11 + attempt)
+        writers[2].write(2, json.dumps({"row": "failed"}))
+        for writer in writers:
+            writer.close()
+        with open(parts_folder(output) / "part-1.jsonl", "a") as part:
+            part.write('8\t1\tff\t{"row": "torn"')
+    assert sorted(prepare_output(output, resume=True)) == [0x10, 0x11, 0x12]
+    PartWriter(output, 0).close()
+    assert merge(output, 1, placed={0x10: 5, 0x12: 3}) == 2  # row 0x11 left the input
+    assert rows_of(output) == [3, 5]
+    assert prepare_output(output, resume=False) == []

@@ -75,7 +75,7 @@ def test_threads_are_shared_out_unless_set(venv: Path) -> None:
         (["topology.pp=two"], "Value 'two' of type 'str' could not be converted to Integer"),
         (["topology.pp=0"], "topology.pp=0 must be at least 1"),
         (["topology.pp=4", "scheduler.max_num_seqs=2"], "scheduler.max_num_seqs=2 is less than topology.pp=4"),
-        (["--multirun", "topology.pp=1,2"], "launch once for each point"),
+        (["--multirun", "topology.pp=1,2"], "one launch a point"),
         (["--prog", "server"], "--prog is generate or bench, not 'server'"),
         (["--prog"], "--prog is generate or bench, not ''"),
     ],
