@@ -158,7 +158,7 @@ def test_ids_that_the_model_does_not_know():
         ({"prompt": [5, 269]}, ["prompt[1]=269", "0 to 268"]),
         ({"prompt": "a", "logprobs": 21}, ["logprobs=21", "at most 20"]),
         ({"prompt": "a", "temprature": 1}, ["temprature", "temperature"]),
-        ({"prompt": "a", "stream": True}, ["stream=True"]),
+        ({"prompt": "a", "stream": True}, ["stream=true"]),
         ({"prompt": "a", "messages": []}, ["both", "prompt", "messages"]),
         ({"url": "/v1/x", "body": {}}, ["/v1/x", "/v1/completions"]),
         ({"url": "/v1/completions", "body": {"prompt": "a"}, "max_tokens": 5}, ["max_tokens", "beside body"]),
