@@ -23,7 +23,6 @@ NOISE = (
 )
 
 
-
 def compose(quiet: bool = False) -> Config:
     """What Hydra makes of the command line. `--help` and `--cfg` print and exit.
 

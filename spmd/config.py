@@ -36,7 +36,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048  # tokens of one plan
     block_size: int = 16  # tokens of one KV block
     num_blocks: int | None = None  # KV blocks of a replica; null: from memory
-    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, activations and KV cache
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights and KV cache; activations take the rest
     async_depth: int = 0  # micro-batches in flight beyond pp
     prefill: str = "mixed"  # mixed: chunks ride along with decodes; exclusive: a plan is all prefill or all decode
     prefill_batch: int = 1  # prompts of one exclusive prefill plan
@@ -95,7 +95,6 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda
     run_dir: str | None = None  # logs and summary of this run; null: runs/<SLURM job id or start time>
     progress: bool = True
-    trace: str | None = None  # write each rank's plan digests here
 
 
 CHOICES = {

@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.pat
 """
 
 from collections.abc import Callable
+from datetime import datetime
 from time import perf_counter
 
 from spmd.build import Worker, start
@@ -32,17 +33,19 @@ def generate(config: Config, topology: Topology) -> None:
         raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
 
     answered: list[int] = []  # by earlier attempts
+    size = 0  # bytes of input
 
     def check_files() -> None:
-        check_input(input)
+        nonlocal size
+        size = check_input(input)
         if topology.rank == 0:
             answered.extend(prepare_output(output, input, config.resume == "auto"))
 
     worker = start(config, topology, check_files)
-    parser = together(topology, lambda: _parser(worker))
-    answered = from_rank_0(topology, answered)
-    reader = Reader(input, parser, topology.dp_rank, topology.dp, answered, _identity(config))
-    writer = PartWriter(output, topology.dp_rank) if topology.is_leader else None
+    answered, size, now = from_rank_0(topology, (answered, size, datetime.now()))
+    parser = together(topology, lambda: _parser(worker, now))
+    reader = Reader(input, parser, topology.dp_rank, topology.dp, answered, _identity(config), size)
+    writer = together(topology, lambda: PartWriter(output, topology.dp_rank) if topology.is_leader else None)
     leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), writer.write) if writer else None
     progress = Progress(perf_counter(), config.progress) if topology.rank == 0 else None
     metrics = worker.run(iter(reader), leader, _show(progress, reader) if progress else None)
@@ -59,15 +62,15 @@ def generate(config: Config, topology: Topology) -> None:
 
 
 def _identity(config: Config) -> str:
-    """What an answer depends on besides its row and the weights at `model.path`."""
+    """What an answer depends on besides its row, the weights at `model.path` and room where max_tokens isn't set."""
     return repr((config.model, config.sampling))
 
 
-def _parser(worker: Worker) -> RowParser:
+def _parser(worker: Worker, now: datetime) -> RowParser:
     m, arch = worker.config.model, worker.decoder.arch
     assert m.path is not None
     return RowParser(
-        load_tokenizer(m.tokenizer or m.path, m.revision),
+        load_tokenizer(m.tokenizer or m.path, m.revision, now),
         load_generation_config(m.path, m.revision),
         worker.config.sampling,
         worker.max_model_len,

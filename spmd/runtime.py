@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -38,11 +39,18 @@ def main(work: Callable[[Config, Topology], None]) -> None:
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
         t = config.topology
         work(config, Topology(t.dp, t.pp, t.tp, rank))
+        disconnect()
     except ValueError as error:
+        log.info("ended", exc_info=True)
         tell(error, rank)
         sys.exit(USAGE)
-    finally:
-        disconnect()
+    except Exception:
+        log.exception("rank %d failed", rank)
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # the interpreter's own end would wait for collectives that the other ranks can't finish
 
 
 def together(topology: Topology, step: Callable[[], T]) -> T:

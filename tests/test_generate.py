@@ -349,6 +349,25 @@ def test_a_run_that_is_cut_off_leaves_whole_answers_and_no_processes(here: Path,
     assert all(line.endswith("\n") and json.loads(line.split("\t")[3])["response"] for line in whole)
 
 
+def test_a_rank_that_fails_ends_the_run_and_says_why(here: Path) -> None:
+    """Rank 0 fails in mid-run, while the other waits for its hidden states."""
+    write_rows(here / "in.jsonl", sums(50))
+    (here / "failing.py").write_text(
+        "from spmd.generate import generate\nfrom spmd.model.stage import Stage\nfrom spmd.runtime import main\n"
+        "run = Stage.run\n"
+        "def failing(self, plan):\n"
+        "    if plan.tick == 5 and self.decoder.first: raise RuntimeError('out of memory, say')\n"
+        "    return run(self, plan)\n"
+        "Stage.run = failing\nmain(generate)\n"
+    )
+    command = torchrun(2, "topology=pp2", DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    place = command.index("-m", 3)
+    done = run([*command[:place], "failing.py", *command[place + 2 :]], here)
+    assert done.returncode != 0
+    assert done.stderr.count("RuntimeError: out of memory, say") == 1
+    assert "out of memory, say" in (here / "run" / "logs" / "rank-0.log").read_text()
+
+
 def ranks_of(pid: int) -> list[int]:
     """The children of a torchrun process."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -27,7 +27,8 @@ def bench(config: Config, topology: Topology) -> None:
 
 
 def _run(worker: Worker, num_prompts: int) -> Metrics | None:
-    source = jobs(worker.config, num_prompts, worker.decoder.arch.vocab_size, worker.capacity, worker.topology)
+    longest = min(worker.capacity, worker.max_model_len)
+    source = jobs(worker.config, num_prompts, worker.decoder.arch.vocab_size, longest, worker.topology)
     leader = Leader(None, "bench", Metrics()) if worker.topology.is_leader else None
     return worker.run(source, leader)
 

@@ -2,7 +2,8 @@
 
 python -m spmd.bench.reference model=small workload=cpu scheduler.max_num_seqs=16
 
-Takes the bench's configuration; batches have `scheduler.max_num_seqs` rows. Only the tokens a row asked for count.
+Runs on the CPU, with the bench's configuration: batches have `scheduler.max_num_seqs` rows. Only the tokens a row
+asked for count.
 """
 
 import json
@@ -24,7 +25,8 @@ Rows = list[tuple[list[int], int]]
 def reference(config: Config, topology: Topology) -> None:
     """Run the workload on random weights of the model's shape and print one line of JSON."""
     arch = model_shape(config, topology)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path), dtype=arch.dtype).eval()
+    shape = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision, **config.model.overrides)
+    model = AutoModelForCausalLM.from_config(shape, dtype=arch.dtype).eval()
     rows = list(prompts(config.workload, config.workload.num_prompts, arch.vocab_size))
     size = config.scheduler.max_num_seqs
     _generate(model, [(prompt[:8], 2) for prompt, _ in rows[:size]])

@@ -17,18 +17,18 @@ def prompts(workload: WorkloadConfig, num_prompts: int, vocab_size: int) -> Iter
         yield [rng.randrange(vocab_size) for _ in range(length)], output
 
 
-def jobs(config: Config, num_prompts: int, vocab_size: int, capacity: int, topology: Topology) -> Iterator[Job]:
+def jobs(config: Config, num_prompts: int, vocab_size: int, longest: int, topology: Topology) -> Iterator[Job]:
     """The greedy, fixed-length rows of this replica.
 
     Raises:
-        ValueError: the longest row doesn't fit the KV cache.
+        ValueError: a row may have more than `longest` tokens.
     """
     w = config.workload
-    longest = w.input_len[1] + w.output_len[1]
-    if longest > capacity:
+    needed = w.input_len[1] + w.output_len[1]
+    if needed > longest:
         raise ValueError(
-            f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {longest} tokens of KV "
-            f"cache, a request can have {capacity}; raise scheduler.num_blocks"
+            f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {needed} tokens, a request "
+            f"can have {longest} (model.max_model_len, scheduler.num_blocks)"
         )
     return _jobs(w, num_prompts, vocab_size, topology)
 

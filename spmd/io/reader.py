@@ -12,9 +12,9 @@ from spmd.io.wording import first_line
 class Reader:
     """Iterates over the jobs and bad rows of one replica, holding one line at a time.
 
-    Rows are numbered from 0 without blank lines, and row i belongs to replica `i % dp`. All ranks agree on duplicates:
-    the first row with a custom_id keeps it, whether or not it can be answered, and later ones are bad rows. This takes
-    an 8-byte digest of each id in a set, about 90 bytes a row (18 MB for 200,000 rows).
+    Rows are numbered from 0 without blank lines, and those to answer are dealt out to the replicas in turn. All ranks
+    agree on duplicates: the first row with a custom_id keeps it, whether or not it can be answered, and later ones
+    are bad rows. This takes an 8-byte digest of each id in a set, about 90 bytes a row (18 MB for 200,000 rows).
 
     Rows that an earlier attempt answered are passed over. A row's key is a digest of its content, its id, and of what
     else shapes the answer (`identity`), so a changed row, model or sampling is answered anew.
@@ -26,6 +26,7 @@ class Reader:
         dp: number of replicas.
         answered: keys of the rows to pass over; `placed` then tells where each of them stands.
         identity: what all answers depend on besides their rows: the model and the sampling defaults.
+        size: bytes to read, so that all ranks end at the same row of a file that still grows; None: all there are.
 
     Raises:
         ValueError: the file can't be read or is empty. Raised here and not at the first row: the model loads between.
@@ -39,6 +40,7 @@ class Reader:
         dp: int = 1,
         answered: Iterable[int] = (),
         identity: str = "",
+        size: int | None = None,
     ) -> None:
         self.path = path
         self.parser = parser
@@ -47,12 +49,13 @@ class Reader:
         self.answered = frozenset(answered)
         self.identity = blake2b(identity.encode(), digest_size=16).digest()
         self.placed: dict[int, int] = {}  # key of an answered row: its number
-        self.size = check_input(path)  # bytes
+        self.size = check_input(path) if size is None else size  # bytes
         self.consumed = 0  # bytes
         self.rows = 0  # of all replicas so far
 
     def __iter__(self) -> Iterator[Job | BadRow]:
         seen: set[int] = set()
+        turn = -1
         for line in self._lines():
             index = self.rows
             self.rows += 1
@@ -65,7 +68,8 @@ class Reader:
             if key in self.answered and not duplicate:
                 self.placed[key] = index
                 continue
-            if index % self.dp != self.dp_rank:
+            turn += 1
+            if turn % self.dp != self.dp_rank:
                 continue
             if isinstance(row, BadRow):
                 yield row
@@ -79,7 +83,7 @@ class Reader:
     def _lines(self) -> Iterator[bytes]:
         """Lines that are not blank; of one that is too long, enough to be found so."""
         with open(self.path, "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            while self.consumed < self.size and (line := file.readline(MAX_LINE_BYTES + 1)):
                 self.consumed += len(line)
                 rest = line
                 while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):

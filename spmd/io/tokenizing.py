@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -17,8 +19,11 @@ TOKENIZER_FILES = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiec
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> Any | None:
+def load_tokenizer(path: str, revision: str | None = None, now: datetime | None = None) -> Any | None:
     """The tokenizer of a folder or Hub id; None for a folder without one, where prompts must be token ids.
+
+    `now` is what chat templates that write the date shall take for it: read on every rank by itself, the clock would
+    give ranks different prompts around midnight.
 
     Raises:
         ValueError: one line that names the path and the reason.
@@ -26,9 +31,19 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any | None:
     if os.path.isdir(path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(path)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and json's
         raise ValueError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
+    template = tokenizer.chat_template
+    if now and isinstance(template, dict):
+        tokenizer.chat_template = {name: _dated(text, now) for name, text in template.items()}
+    elif now and template:
+        tokenizer.chat_template = _dated(template, now)
+    return tokenizer
+
+
+def _dated(template: str, now: datetime) -> str:
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(now.strftime(call[2])), template)
 
 
 def load_generation_config(path: str, revision: str | None = None) -> dict[str, Any]:

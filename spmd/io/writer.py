@@ -46,8 +46,9 @@ def prepare_output(output: str, input: str | None = None, resume: bool = False) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         keys = _collect(folder) if resume else []
-        for part in folder.glob("part-*.jsonl" if resume else "*.jsonl"):
-            part.unlink()
+        for pattern in ("part-*.jsonl", "*.tmp", *([] if resume else [ANSWERED])):
+            for file in folder.glob(pattern):
+                file.unlink()
         probe = folder / "merged.jsonl"
         probe.touch()
         probe.unlink()
@@ -109,7 +110,7 @@ def merge(output: str, dp: int, order: str = "input", placed: Mapping[int, int] 
         placed: where the rows that earlier attempts answered stand in today's input, by key; others are left out.
 
     Returns:
-        How many lines the output has. Memory: 8 bytes a row, and one answer.
+        How many lines the output has. Memory besides `placed`: 8 bytes a row, and one answer.
     """
     folder = parts_folder(output)
     merged = folder / "merged.jsonl"

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from spmd.topology import Topology
 
-LOADING = timedelta(hours=2)  # ranks may load weights at very different speeds
+LOADING = timedelta(days=30)  # start-up, and at the end the wait for the slowest replica
 WORKING = timedelta(minutes=10)
 
 

@@ -68,7 +68,7 @@ class Metrics:
         self._open[request.index, request.choice] = _Clock(now)
 
     def token(self, request: Request, now: float) -> None:
-        """One output token of the request was committed."""
+        """One output token of the request was sampled."""
         clock = self._open[request.index, request.choice]
         if clock.tokens:
             self.itl.add(now - clock.last)
@@ -87,10 +87,6 @@ class Metrics:
         self.output_tokens += clock.tokens
         if request.choice == 0:
             self.prompt_tokens += request.prompt_len
-
-    def aborted(self, request: Request) -> None:
-        """The request ended without an answer: forget it."""
-        self._open.pop((request.index, request.choice), None)
 
     def stopped(self, stage: int, busy_seconds: float, wall_seconds: float, startup_seconds: float) -> None:
         """The work phase is over on this rank, whose pp rank is `stage`; called once, before `merge`."""

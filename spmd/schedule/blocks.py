@@ -35,11 +35,6 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    @property
-    def capacity(self) -> int:
-        """Blocks one request could hold if it were alone."""
-        return self.num_blocks - 1
-
     def take(self) -> int:
         """A free block, forgetting the prefix it held. The caller has checked `num_free`."""
         block, _ = self._free.popitem(last=False)

@@ -29,7 +29,7 @@ class Plan:
         return self.padded_decodes + self.num_prompt_tokens
 
     def add(self, request: Request, count: int) -> None:
-        """Append `count` tokens of a request, and a sample if they reach its last token."""
+        """Append the next `count` tokens of a request."""
         self.requests.append(request)
         self.starts.append(request.scheduled)
         self.counts.append(count)

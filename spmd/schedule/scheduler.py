@@ -129,7 +129,7 @@ class Scheduler:
     def _victim(self, request: Request, chosen: list[Request]) -> Request | None:
         """Whom to preempt so that `request` can go on: the last in the order of admission that isn't in flight.
 
-        None: one that should give way before `request` is in flight, so wait for its commit.
+        None: `request` itself would be the one, but others are in flight; let it wait for their commits first.
         """
         candidates = [request, *chosen, *self.ready, *(r for r in self.prefilling if not r.in_flight)]
         victim = max(candidates, key=self._order)

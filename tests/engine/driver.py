@@ -86,7 +86,7 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = ()) -> Report:
 
 
 def _keep(report: Report) -> Callable[[int, str], None]:
-    def write(index: int, line: str) -> None:
+    def write(index: int, line: str, key: int | None) -> None:
         answer = json.loads(line)
         assert answer["error"] is None, answer
         choices = answer["response"]["body"]["choices"]

@@ -113,3 +113,21 @@ def test_an_input_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", deny)  # root, who may run the tests, is never denied
     with pytest.raises(ValueError, match="can't be read: Permission denied"):
         Reader(path, PARSER)
+
+
+def test_answered_rows_are_passed_over_and_the_others_dealt_out_evenly(tmp_path):
+    path = write(tmp_path / "in.jsonl", [b'{"custom_id": "%d", "prompt": "hello"}\n' % row for row in range(20)])
+    keys = {job.index: job.key for job in read(path)}
+    answered = [keys[row] for row in range(0, 20, 2)]  # all of what replica 0 would have had
+    readers = [Reader(path, PARSER, dp_rank, 2, answered) for dp_rank in range(2)]
+    assert [[job.index for job in reader] for reader in readers] == [[1, 5, 9, 13, 17], [3, 7, 11, 15, 19]]
+    assert readers[0].placed == readers[1].placed == {keys[row]: row for row in range(0, 20, 2)}
+    assert not set(answered) & {job.key for job in Reader(path, PARSER, answered=answered, identity="another model")}
+
+
+def test_rows_appended_during_the_run_are_left_for_the_next(tmp_path):
+    path = write(tmp_path / "in.jsonl", [b'{"prompt": "hello"}\n'] * 3)
+    reader = Reader(path, PARSER)
+    with open(path, "ab") as file:
+        file.write(b'{"prompt": "late"}\n')
+    assert len(list(reader)) == 3

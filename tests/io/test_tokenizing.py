@@ -1,5 +1,6 @@
 import json
 import random
+from datetime import datetime
 
 import pytest
 from tiny_tokenizer import make_tokenizer
@@ -111,3 +112,11 @@ def test_growing_text_equals_the_text_decoded_at_once():
         checker = StopChecker(TOKENIZER, prompt, ["never to be found"])
         assert all(checker.push(token) is None for token in output)
         assert checker.text == output_text(TOKENIZER, prompt, output, True)
+
+
+def test_templates_take_the_date_they_are_given(tmp_path):
+    made = make_tokenizer(tmp_path)
+    made.chat_template = "{{ strftime_now('%d %b %Y') }}|{{ messages[0]['content'] }}"
+    made.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), now=datetime(2020, 2, 3))
+    assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "03 Feb 2020|hi"

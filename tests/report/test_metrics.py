@@ -56,14 +56,6 @@ def test_a_prompt_counts_once_for_all_its_choices() -> None:
     assert (metrics.prompt_tokens, metrics.output_tokens) == (10, 3)
 
 
-def test_an_aborted_request_leaves_nothing_open() -> None:
-    metrics, asked = Metrics(), request(0)
-    metrics.arrived(asked, 0.0)
-    metrics.aborted(asked)
-    metrics.aborted(asked)
-    assert metrics == Metrics()
-
-
 def test_merge_equals_single() -> None:
     single, parts = Metrics(), [Metrics() for _ in range(3)]
     serve([single])

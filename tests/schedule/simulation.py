@@ -52,7 +52,7 @@ class Simulation:
     def add(self, requests: Iterable[Request]) -> "Simulation":
         pool = self.scheduler.pool
         for request in requests:
-            assert len(request.tokens) + request.params.max_tokens - 1 <= pool.capacity * pool.block_size
+            assert len(request.tokens) + request.params.max_tokens - 1 <= (pool.num_blocks - 1) * pool.block_size
             self.scheduler.add(request)
         return self
 
@@ -82,7 +82,7 @@ class Simulation:
         while self.ring:
             self.commit()
         self.scheduler.check(self.ring)
-        assert self.scheduler.pool.num_free == self.scheduler.pool.capacity
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks - 1
         return self.finished
 
     def check(self, plan: Plan) -> None:
