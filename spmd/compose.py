@@ -31,6 +31,8 @@ def compose(quiet: bool = False) -> Config:
     Raises:
         ValueError: an unknown key, a value of the wrong type, no override at all, or a sweep.
     """
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ValueError("--multirun would sweep inside every rank; sweep outside, one launch a point")
     composed: list[DictConfig] = []
 
     def keep(cfg: DictConfig) -> None:
@@ -53,8 +55,6 @@ def compose(quiet: bool = False) -> Config:
         sys.stderr.write(complaints.getvalue())
     if not composed:
         sys.exit()
-    if len(composed) > 1:
-        raise ValueError("--multirun would sweep inside every rank; sweep outside, one launch a point")
     return from_hydra(composed[0])
 
 
