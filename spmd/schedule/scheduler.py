@@ -93,7 +93,7 @@ class Scheduler:
         cap = self._decode_cap()
         while self.ready and len(chosen) < cap:
             request = self.ready.popleft()
-            if self._has_block(request, chosen, plan):
+            if self._has_block(request, chosen, passed_over, plan):
                 chosen.append(request)
             elif request.seat >= 0:
                 passed_over.append(request)
@@ -108,17 +108,19 @@ class Scheduler:
             return self.limits.decode_rows
         return min(self.limits.decode_rows, -(-self.num_decoding // self.limits.slots))
 
-    def _has_block(self, request: Request, chosen: list[Request], plan: Plan) -> bool:
+    def _has_block(self, request: Request, chosen: list[Request], passed_over: list[Request], plan: Plan) -> bool:
         """Whether the next token of `request` has a place; takes a block where it starts one."""
         index = request.scheduled // self.pool.block_size
         if index < len(request.blocks):
             return True
         while not self.pool.num_free:
-            if (victim := self._victim(request, chosen)) is None:
+            if (victim := self._victim(request, [*chosen, *passed_over])) is None:
                 return False
             if victim in chosen:
                 chosen.remove(victim)
                 plan.grown = [entry for entry in plan.grown if entry[0] != victim.seat]
+            if victim in passed_over:
+                passed_over.remove(victim)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -126,12 +128,12 @@ class Scheduler:
         plan.grown.append((request.seat, index, request.blocks[index]))
         return True
 
-    def _victim(self, request: Request, chosen: list[Request]) -> Request | None:
+    def _victim(self, request: Request, considered: list[Request]) -> Request | None:
         """Whom to preempt so that `request` can go on: the last in the order of admission that isn't in flight.
 
         None: `request` itself would be the one, but others are in flight; let it wait for their commits first.
         """
-        candidates = [request, *chosen, *self.ready, *(r for r in self.prefilling if not r.in_flight)]
+        candidates = [request, *considered, *self.ready, *(r for r in self.prefilling if not r.in_flight)]
         victim = max(candidates, key=self._order)
         if victim is request and self.num_running > len(candidates):
             return None
