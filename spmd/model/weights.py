@@ -4,6 +4,7 @@ A module that owns parameters says, tensor by tensor, which slice of the checkpo
 The loader knows nothing else about layers, fusing or splitting.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +48,14 @@ def shard(
     return Piece(name, target.narrow(dim, 0, stop - start), tuple(shape), tuple(index))
 
 
-class Weights(nn.Module):
+class Weights(nn.Module, ABC):
     """A module that owns parameters."""
 
     packable: tuple[str, ...] = ()  # those that `linear` multiplies with
 
+    @abstractmethod
     def pieces(self, own: str) -> Iterator[Piece]:
         """Pieces of its parameters, named relative to the parent module, in which this one is called `own`."""
-        raise NotImplementedError
 
     def pack(self, rows: int) -> None:
         """Reorder its weights for forwards of about `rows` rows, where that is faster. No loading after it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import SCALINGS, write_checkpoint
 from tiny_tokenizer import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -25,24 +25,14 @@ MAX_MODEL_LEN = 512
 LONGEST = 24  # tokens of an output
 NEAR_TIE = 3e-4  # logits closer than this may swap by the order of summation; theirs differ by some 1e-6
 
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # Seven layers for uneven stages; tied, so that the last stage needs the embedding of the first.
     "qwen3": ("Qwen3ForCausalLM", {"num_hidden_layers": 7, "tie_word_embeddings": True}),
     "qwen3_untied": ("Qwen3ForCausalLM", {"tie_word_embeddings": False}),
     "llama": ("LlamaForCausalLM", {}),
-    "llama_linear": ("LlamaForCausalLM", {"rope_parameters": LINEAR}),
-    "llama_llama3": ("LlamaForCausalLM", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
-    "llama_yarn": ("LlamaForCausalLM", {"rope_parameters": YARN}),
+    "llama_linear": ("LlamaForCausalLM", {"rope_parameters": SCALINGS["linear"]}),
+    "llama_llama3": ("LlamaForCausalLM", {"rope_parameters": SCALINGS["llama3"], "tie_word_embeddings": True}),
+    "llama_yarn": ("LlamaForCausalLM", {"rope_parameters": SCALINGS["yarn"]}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 7}),
     "qwen2": ("Qwen2ForCausalLM", {"shard": "100KB", "tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}),

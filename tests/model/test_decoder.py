@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from checkpoints import FAMILIES, write_checkpoint
+from checkpoints import FAMILIES, SCALINGS, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,33 +22,6 @@ from spmd.parallel.tensor import TensorParallel
 
 BLOCK = 4
 PROMPTS = (37, 22, 9)
-SCALINGS = {
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-    "yarn": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-    },
-    "yarn_with_mscale": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "mscale": 1.0,
-        "mscale_all_dim": 0.5,
-        "beta_fast": 16.0,
-        "truncate": False,
-    },
-}
 VARIANTS = {
     **{family: (family, {}) for family in FAMILIES},
     **{f"rope_{name}": ("LlamaForCausalLM", {"rope_parameters": values}) for name, values in SCALINGS.items()},
