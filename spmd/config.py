@@ -20,6 +20,8 @@ class ModelConfig:
     tokenizer: str | None = None  # null: model.path
     revision: str | None = None  # branch, tag or commit of a Hub id
     overrides: dict[str, Any] = field(default_factory=dict)  # replaces keys of config.json
+    attention_backend: str = "auto"  # auto: flashinfer where it can run, else torch; flashinfer, torch
+    enforce_eager: bool = False  # GPUs: launch decode batches kernel by kernel instead of as CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,26 @@ class TopologyConfig:
     dp: int = 1
     pp: int = 1
     tp: int = 1
-    layers: list[int] | None = None  # layers of each stage; null: split evenly
+    layers: list[int] | None = None  # layers of each stage; null: split so that the slowest stage is fastest
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
     max_num_seqs: int = 128  # running requests of a replica
-    max_num_batched_tokens: int = 2048  # tokens of one plan
-    block_size: int = 16  # tokens of one KV block
+    max_num_batched_tokens: int | None = None  # tokens of one plan; null: 8192 on GPUs, else 2048
+    block_size: int | None = None  # tokens of one KV block; null: 64 on GPUs, else 16
     num_blocks: int | None = None  # KV blocks of a replica; null: from memory
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights and KV cache; activations take the rest
     async_depth: int = 0  # micro-batches in flight beyond pp
+    lookahead: int | None = None  # ticks a commit lags, so that plans needn't wait for tokens; null: 1 on GPUs, else 0
     prefill: str = "mixed"  # mixed: chunks ride along with decodes; exclusive: a plan is all prefill or all decode
     prefill_batch: int = 1  # prompts of one exclusive prefill plan
     prefill_spread: int | None = None  # mixed: plans that waiting prompts are spread over; 0: one; null: 4 * pp, or 0
+    prefill_min: int | None = None  # tokens below which prompts aren't spread further; null: 512 on GPUs, else a block
     policy: str = "fcfs"  # fcfs, priority
     prefix_caching: bool = True
     decode_cap: bool = True  # at most max_num_seqs // pp decode rows in a plan; off only to measure what it brings
-    decode_buckets: list[int] = field(default_factory=list)  # smaller row counts a decode batch may be padded to
+    decode_buckets: list[int] | None = None  # smaller row counts to pad decode batches to; null: on GPUs 8, 16, 32, ...
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,27 @@ class WorkloadConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """What the device can do at best, from which `spmd.bench` computes the floor. null: measured on a GPU."""
+
+    bandwidth: float | None = None  # bytes/s, read and written together
+    flops: float | None = None  # operations/s in the model's dtype
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    ticks: list[int] | None = None  # [a, b]: every rank traces ticks a to b - 1 into <run_dir>/profile; null: none
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     input: str | None = None
     output: str | None = None
     output_order: str = "input"  # input: answers stand in input order at the end; completion: as they finished
@@ -100,6 +119,7 @@ class Config:
 CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "model.load_format": ("auto", "safetensors", "dummy"),
+    "model.attention_backend": ("auto", "flashinfer", "torch"),
     "scheduler.prefill": ("mixed", "exclusive"),
     "scheduler.policy": ("fcfs", "priority"),
     "resume": ("auto", "fresh"),
@@ -116,9 +136,14 @@ AT_LEAST = {
     "scheduler.block_size": 1,
     "scheduler.num_blocks": 2,
     "scheduler.async_depth": 0,
+    "scheduler.lookahead": 0,
     "scheduler.prefill_batch": 1,
     "scheduler.prefill_spread": 0,
+    "scheduler.prefill_min": 1,
     "model.max_model_len": 1,
+    "workload.num_prompts": 1,
+    "bench.bandwidth": 1,
+    "bench.flops": 1,
 }
 
 
@@ -168,6 +193,8 @@ def check(config: Config, world_size: int) -> None:
             f"scheduler.max_num_seqs={s.max_num_seqs} is less than topology.pp={t.pp}: a stage would never have a row "
             f"of its own; use scheduler.max_num_seqs >= {t.pp}"
         )
+    if (ticks := config.profile.ticks) is not None and not (len(ticks) == 2 and 0 <= ticks[0] < ticks[1]):
+        raise ValueError(f"profile.ticks={ticks} must be null or two numbers [a, b] with 0 <= a < b")
     if not 0 < s.gpu_memory_utilization <= 1:
         raise ValueError(f"scheduler.gpu_memory_utilization={s.gpu_memory_utilization} must lie in (0, 1]")
     rows = decode_rows(config)
@@ -176,7 +203,7 @@ def check(config: Config, world_size: int) -> None:
             f"scheduler.decode_buckets={s.decode_buckets} must lie between 1 and {rows} "
             f"(max_num_seqs {s.max_num_seqs} // pp {t.pp})"
         )
-    if s.max_num_batched_tokens < rows:
+    if s.max_num_batched_tokens is not None and s.max_num_batched_tokens < rows:
         raise ValueError(
             f"scheduler.max_num_batched_tokens={s.max_num_batched_tokens} is less than the {rows} rows of a decode "
             f"batch (max_num_seqs {s.max_num_seqs} // pp {t.pp}); raise it to at least {rows}"
@@ -199,6 +226,36 @@ def decode_rows(config: Config) -> int:
     """B, the decode rows of a micro-batch: max_num_seqs // pp (vLLM-RBLN's decode cap)."""
     s = config.scheduler
     return s.max_num_seqs // config.topology.pp if s.decode_cap else s.max_num_seqs
+
+
+def lookahead(config: Config, device: str) -> int:
+    """Ticks a commit lags. A GPU must not wait for its host; a CPU has no host to wait for."""
+    chosen = config.scheduler.lookahead
+    return chosen if chosen is not None else int(device == "cuda")
+
+
+def decode_buckets(config: Config, device: str) -> list[int]:
+    """Row counts a decode batch may be padded to, largest first. A GPU gets a CUDA graph of each."""
+    rows, chosen = decode_rows(config), config.scheduler.decode_buckets
+    if chosen is None:
+        chosen = [2**power for power in range(3, 16) if 2**power < rows] if device == "cuda" else []
+    return sorted({rows, *chosen}, reverse=True)
+
+
+def max_num_batched_tokens(config: Config, device: str) -> int:
+    """Tokens of one plan. On GPUs enough that a forward with prompts takes longer than its launches."""
+    chosen = config.scheduler.max_num_batched_tokens
+    return chosen or max(8192 if device == "cuda" else 2048, decode_rows(config))
+
+
+def block_size(config: Config, device: str) -> int:
+    """Tokens of one KV block. FlashInfer's decode reads blocks of 64 4 to 8 % faster than blocks of 16 (one H200)."""
+    return config.scheduler.block_size or (64 if device == "cuda" else 16)
+
+
+def prefill_min(config: Config, device: str) -> int:
+    """Prompt tokens of a plan at least. A GPU launches a forward with prompts kernel by kernel: make it worth that."""
+    return config.scheduler.prefill_min or (512 if device == "cuda" else 1)
 
 
 def prefill_spread(config: Config) -> int:

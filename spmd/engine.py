@@ -10,6 +10,7 @@ from itertools import count
 
 from spmd.io.rows import BadRow, Job
 from spmd.leader import Leader
+from spmd.model.sampler import Sampled
 from spmd.model.stage import Stage
 from spmd.parallel.packet import PacketWire
 from spmd.schedule.plan import Plan
@@ -36,6 +37,7 @@ class Engine:
         self.leader = leader
         self.watch = watch
         self.ring: deque[Plan] = deque()  # plans in flight, oldest first
+        self.unjudged: deque[tuple[Plan, Sampled | None]] = deque()  # the latest of these; on the leader alone
         self.exhausted = False
         self.rows = 0  # taken from the source
         self.output_tokens = 0
@@ -50,24 +52,33 @@ class Engine:
                 break
         while self.ring:
             self._commit(self.ring.popleft())
-        if self.stage.channel:
-            self.stage.channel.drain()
+        self.stage.drain()
 
     def tick(self, tick: int) -> None:
-        if len(self.ring) == self.scheduler.limits.slots:
+        limits = self.scheduler.limits
+        if len(self.ring) == limits.slots + limits.lookahead:
             self._commit(self.ring.popleft())
         self._feed()
         plan = self.scheduler.schedule(tick)
         sampled = self.stage.run(plan)
-        if self.leader and sampled:
-            self.packets.post(*self.leader.judge(plan.sampled, sampled))
-        else:
-            self.packets.post((), ())
         self.ring.append(plan)
+        if not self.leader:
+            self.packets.post((), ())
+        else:
+            self.unjudged.append((plan, sampled))
+            if len(self.unjudged) > self.stage.defer:
+                self._judge(self.leader)
+
+    def _judge(self, leader: Leader) -> None:
+        """Post the packet of the oldest plan that has none."""
+        plan, sampled = self.unjudged.popleft()
+        self.packets.post(*leader.judge(plan, sampled) if sampled else ((), ()))
 
     def _commit(self, plan: Plan) -> None:
+        if self.leader and self.unjudged and self.unjudged[0][0] is plan:
+            self._judge(self.leader)
         tokens, finished = self.packets.take()
-        self.output_tokens += len(tokens)
+        self.output_tokens += [request.finished for request in plan.sampled].count(False)
         for request in self.scheduler.commit(plan, tokens, finished):
             if self.leader:
                 self.leader.finish(request)

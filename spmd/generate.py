@@ -16,8 +16,10 @@ from spmd.io.tokenizing import load_generation_config, load_tokenizer
 from spmd.io.writer import PartWriter, merge, prepare_output
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
+from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
+from spmd.report.watch import all_of
 from spmd.runtime import from_rank_0, main, together
 from spmd.topology import Topology
 
@@ -48,7 +50,10 @@ def generate(config: Config, topology: Topology) -> None:
     writer = together(topology, lambda: PartWriter(output, topology.dp_rank) if topology.is_leader else None)
     leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), writer.write) if writer else None
     progress = Progress(perf_counter(), config.progress) if topology.rank == 0 else None
-    metrics = worker.run(iter(reader), leader, _show(progress, reader) if progress else None)
+    worker.phases.end("tokenizer")
+    shown = _show(progress, reader) if progress else None
+    with profiled(config.profile, worker.run_dir, topology.rank) as profiler:
+        metrics = worker.run(iter(reader), leader, all_of(shown, profiler))
     if writer:
         writer.close()
     together(topology, lambda: None)  # every part is closed
@@ -67,7 +72,7 @@ def _identity(config: Config) -> str:
 
 
 def _parser(worker: Worker, now: datetime) -> RowParser:
-    m, arch = worker.config.model, worker.decoder.arch
+    m, arch = worker.config.model, worker.arch
     assert m.path is not None
     return RowParser(
         load_tokenizer(m.tokenizer or m.path, m.revision, now),

@@ -1,6 +1,6 @@
 """What only the leader of a replica does: decide when a request ends, put its answer together, keep the clock."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -9,18 +9,27 @@ from spmd.io.answers import Completion, answer_line, complete, error_line
 from spmd.io.rows import BadRow, Job
 from spmd.io.tokenizing import StopChecker
 from spmd.model.sampler import Sampled
-from spmd.report.metrics import Metrics
-from spmd.schedule.request import Request, TokenLogprobs
+from spmd.report.metrics import Clock, Metrics
+from spmd.schedule.plan import Plan
+from spmd.schedule.request import Request, SamplingParams, TokenLogprobs
+
+
+@dataclass(slots=True)
+class Choice:
+    """What is kept of a request until its last token is committed."""
+
+    clock: Clock
+    checker: StopChecker | None
+    ends: frozenset[int]  # token ids that end it
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stop_reason: int | str | None = None
 
 
 @dataclass(slots=True)
 class Open:
-    """A row that isn't answered yet; one entry of each list for each of its choices."""
+    """A row that isn't answered yet, and those of its choices that are complete."""
 
     job: Job
-    checkers: list[StopChecker | None]
-    logprobs: list[list[TokenLogprobs]]
-    stop_reasons: list[int | str | None]
     completions: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -34,6 +43,7 @@ class Leader:
         self.metrics = metrics
         self.write = write
         self.rows: dict[int, Open] = {}
+        self.choices: dict[Request, Choice] = {}
 
     def take(self, row: Job | BadRow) -> None:
         """A row came in: open it, or write down at once why it can't be answered."""
@@ -43,58 +53,51 @@ class Leader:
                 self.write(row.index, error_line(row), None)
             return
         now = perf_counter()
+        self.rows[row.index] = Open(row)
         for request in row.requests:
-            self.metrics.arrived(request, now)
-        n = len(row.requests)
-        self.rows[row.index] = Open(row, [self._checker(r) for r in row.requests], [[] for _ in range(n)], [None] * n)
+            self.choices[request] = Choice(Clock(now), self._checker(request), _ends(request.params))
 
-    def judge(self, requests: Sequence[Request], sampled: Sampled) -> tuple[list[int], list[bool]]:
-        """The sampled token of each request, and whether it is the request's last."""
-        tokens = sampled.token_ids.tolist()
-        now = perf_counter()
-        for place, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            self.metrics.token(request, now)
-            if sampled.logprobs and (logprobs := sampled.logprobs[place]):
-                self.rows[request.index].logprobs[request.choice].append(logprobs)
-            request.finish_reason = self._finish_reason(request, token)
-        return tokens, [request.finish_reason is not None for request in requests]
+    def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
+        """A token for each of `plan.sampled`, and whether the request has ended. Plans come in order.
+
+        A request that ended in an earlier plan is passed over: this one was made before that was known.
+        """
+        tokens, logprobs = sampled.fetch()
+        now, clocks = perf_counter(), []
+        rows = zip(plan.sampled, tokens, plan.sample_positions, strict=True)
+        for place, (request, token, position) in enumerate(rows):
+            if request.finish_reason is None:
+                choice = self.choices[request]
+                clocks.append(choice.clock)
+                if logprobs and (chosen := logprobs[place]):
+                    choice.logprobs.append(chosen)
+                if token in choice.ends or choice.checker or position >= request.full_length:
+                    request.finish_reason = _finish_reason(request, choice, token, position)
+        self.metrics.sampled(clocks, now)
+        return tokens, [request.finish_reason is not None for request in plan.sampled]
 
     def finish(self, request: Request) -> None:
         """A request's last token is committed; write the row's answer once all its choices are there."""
-        row = self.rows[request.index]
-        self.metrics.finished(request, perf_counter())
+        row, choice = self.rows[request.index], self.choices.pop(request)
+        self.metrics.finished(request, choice.clock, perf_counter())
         if self.write:
-            row.completions[request.choice] = self._completion(row, request)
+            row.completions[request.choice] = self._completion(request, choice)
             if len(row.completions) < len(row.job.requests):
                 return
-            choices = [row.completions[choice] for choice in range(len(row.completions))]
-            self.write(request.index, answer_line(row.job, choices, self.model, self.tokenizer), row.job.key)
+            completions = [row.completions[number] for number in range(len(row.completions))]
+            self.write(request.index, answer_line(row.job, completions, self.model, self.tokenizer), row.job.key)
         del self.rows[request.index]
         self.metrics.rows_ok += 1
 
-    def _finish_reason(self, request: Request, token: int) -> str | None:
-        params, row = request.params, self.rows[request.index]
-        if token in params.eos_token_ids and not params.ignore_eos:
-            return "stop"
-        if token in params.stop_token_ids:
-            row.stop_reasons[request.choice] = token
-            return "stop"
-        checker = row.checkers[request.choice]
-        if checker and (stop := checker.push(token)) is not None:
-            row.stop_reasons[request.choice] = stop
-            return "stop"
-        return "length" if request.num_output + 1 >= params.max_tokens else None
-
-    def _completion(self, row: Open, request: Request) -> Completion:
+    def _completion(self, request: Request, choice: Choice) -> Completion:
         assert request.finish_reason is not None
-        checker = row.checkers[request.choice]
         return complete(
             self.tokenizer,
             request,
             request.finish_reason,
-            row.stop_reasons[request.choice],
-            checker.text if checker else None,
-            row.logprobs[request.choice] if request.params.logprobs is not None else None,
+            choice.stop_reason,
+            choice.checker.text if choice.checker else None,
+            choice.logprobs if request.params.logprobs is not None else None,
         )
 
     def _checker(self, request: Request) -> StopChecker | None:
@@ -109,3 +112,20 @@ class Leader:
             params.skip_special_tokens,
             params.min_tokens,
         )
+
+
+def _ends(params: SamplingParams) -> frozenset[int]:
+    """Token ids that end a request."""
+    return frozenset(params.stop_token_ids if params.ignore_eos else params.eos_token_ids + params.stop_token_ids)
+
+
+def _finish_reason(request: Request, choice: Choice, token: int, position: int) -> str | None:
+    """Why a request ends with the token at a position; None if it doesn't. Earlier tokens may not be committed yet."""
+    if token in choice.ends:
+        is_eos = token in request.params.eos_token_ids and not request.params.ignore_eos
+        choice.stop_reason = None if is_eos else token
+        return "stop"
+    if choice.checker and (stop := choice.checker.push(token)) is not None:
+        choice.stop_reason = stop
+        return "stop"
+    return "length" if position >= request.full_length else None

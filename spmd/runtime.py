@@ -112,8 +112,8 @@ def _tune_cpu() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
-def open_run_dir(config: Config, topology: Topology) -> None:
-    """Log into the one folder for all ranks: chosen by rank 0, whose clock and file system alone count.
+def open_run_dir(config: Config, topology: Topology) -> Path:
+    """Log into the one folder for all ranks and return it: chosen by rank 0, whose clock and file system alone count.
 
     Raises:
         ValueError: it can't be made, or a rank can't write its log there.
@@ -126,6 +126,7 @@ def open_run_dir(config: Config, topology: Topology) -> None:
         log.warning(warning)
         if topology.rank == 0:
             print(f"warning: {warning}", file=sys.stderr)
+    return run_dir
 
 
 def _make_run_dir(config: Config) -> str:

@@ -6,6 +6,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+TIE = 0.1  # layers
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -75,11 +77,12 @@ class Topology:
         return f"dp{self.dp_rank}/pp{self.pp_rank}/tp{self.tp_rank}"
 
 
-def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None) -> list[range]:
-    """Layers of each stage, contiguous and in order.
+def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None, head_cost: float = 0.0) -> list[range]:
+    """Layers of each stage, contiguous and in order, such that the slowest stage is as fast as can be.
 
-    By default a remainder goes to the middle stages: the first also pays for the embedding, the last for the head
-    and the sampling. `layers` overrides with one count a stage.
+    The last stage also pays for the head: `head_cost`, in layers. The embedding is a lookup and costs the first one
+    nothing. Among splits of equal cost the most even one is taken; a remainder goes to the middle stages, then to the
+    first, then to the last. `layers` overrides with one count a stage.
 
     Raises:
         ValueError: fewer layers than stages, or an override of wrong length or sum.
@@ -87,10 +90,7 @@ def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None) 
     if num_layers < pp:
         raise ValueError(f"topology.pp={pp} needs at least {pp} layers, the model has {num_layers}")
     if layers is None:
-        counts = [num_layers // pp] * pp
-        by_preference = [*range(1, pp - 1), 0, pp - 1]
-        for stage in by_preference[: num_layers % pp]:
-            counts[stage] += 1
+        counts = _cheapest(num_layers, pp, head_cost)
     else:
         counts = list(layers)
         if len(counts) != pp or sum(counts) != num_layers or min(counts) < 1:
@@ -100,3 +100,26 @@ def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None) 
             )
     starts = [sum(counts[:stage]) for stage in range(pp)]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def _cheapest(num_layers: int, pp: int, head_cost: float) -> list[int]:
+    """The counts `split_layers` chooses. Costs no further apart than TIE are equal: `head_cost` is an estimate."""
+
+    def cost(counts: list[int]) -> float:
+        return max(*counts, counts[-1] + head_cost)
+
+    if pp == 1:
+        return [num_layers]
+    candidates = [[*_even(num_layers - last, pp - 1), last] for last in range(1, num_layers - pp + 2)]
+    best = min(map(cost, candidates))
+    good = [counts for counts in candidates if cost(counts) <= best + TIE]
+    return min(good, key=lambda counts: sum(count**2 for count in counts))
+
+
+def _even(num_layers: int, stages: int) -> list[int]:
+    """Counts of the stages before the last: a remainder goes to all but the first."""
+    counts = [num_layers // stages] * stages
+    by_preference = [*range(1, stages), 0]
+    for stage in by_preference[: num_layers % stages]:
+        counts[stage] += 1
+    return counts

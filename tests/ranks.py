@@ -1,11 +1,13 @@
-"""Runs functions on gloo ranks: a few processes that outlive one run, with fresh process groups each time.
+"""Runs functions on ranks of one host: a few processes that outlive one run, with fresh process groups each time.
 
-A run looks to its ranks as one of torchrun's: the same environment variables, the store in the parent. It ends in
-bounded time: the first rank to fail fails the run with its traceback, and one that hangs ends itself and leaves its
-stacks. After a failure all processes are replaced; none outlives the pool or, for longer than a run, its parent.
+A run looks to its ranks as one of torchrun's: the same environment variables, the store in the parent; those that want
+a GPU get one each. It ends in bounded time: the first rank to fail fails the run with its traceback, and one that hangs
+ends itself and leaves its stacks. After a failure all processes are replaced; none outlives the pool or, for longer
+than a run, its parent.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore, distributed_c10d
 
 from spmd.parallel.groups import disconnect
+
+GROUPS_OF_A_RUN = 1000  # no run makes as many
 
 
 class RankFailure(AssertionError):
@@ -36,6 +40,7 @@ class Ranks:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks")
         self.processes: list[BaseProcess] = []
         self.pipes: list[Connection] = []
+        self.runs = 0
 
     def __enter__(self) -> "Ranks":
         return self
@@ -53,9 +58,10 @@ class Ranks:
         assert size <= self.most
         while len(self.pipes) < size:
             self._start()
+        self.runs += 1
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, pipe in enumerate(self.pipes[:size]):
-            pipe.send((rank, size, store.port, timeout, function, args))
+            pipe.send((rank, size, store.port, self.runs, timeout, function, args))
         pending, results = dict(enumerate(self.pipes[:size])), [None] * size
         while pending:
             ready = wait(pending.values())
@@ -105,16 +111,22 @@ def _serve(pipe: Connection, stacks: str) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            rank, size, port, timeout, function, args = pipe.recv()
+            rank, size, port, run, timeout, function, args = pipe.recv()
         except EOFError:  # the parent is gone
             return
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        # Groups are named by a counter that starts anew with each world, but symmetric memory keeps what it knows of a
+        # group, its store included, by name and for the life of the process.
+        distributed_c10d._world.group_count = run * GROUPS_OF_A_RUN
         with open(stacks, "w") as file:
             faulthandler.dump_traceback_later(timeout, exit=True, file=file)
             try:
                 result = function(rank, *args)
+                if torch.cuda.is_initialized():
+                    gc.collect()  # NCCL ends a communicator only when no CUDA graph holds it
                 disconnect()
                 pipe.send((True, result))
             except BaseException:

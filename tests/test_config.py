@@ -56,7 +56,10 @@ def test_overrides_reach_the_frozen_configuration() -> None:
         "sampling.stop=[a,b]",
         "model.path=x",
         "+model.overrides.num_hidden_layers=7",
+        "profile.ticks=[10,20]",
+        "bench.bandwidth=4.24e12",
     )
+    assert (config.profile.ticks, config.bench.bandwidth, config.bench.flops) == ([10, 20], 4.24e12, None)
     assert (config.topology.pp, config.topology.layers, config.scheduler.decode_buckets) == (2, [3, 4], [1, 2])
     assert (config.sampling.stop, config.model.overrides) == (["a", "b"], {"num_hidden_layers": 7})
     with pytest.raises(AttributeError):
@@ -125,6 +128,9 @@ def test_a_number_is_large_enough(key: str) -> None:
             2,
             ("decode_buckets=[4, 9]", "between 1 and 8", "max_num_seqs 17 // pp 2"),
         ),
+        ({"profile.ticks": [3, 3]}, 1, ("profile.ticks=[3, 3]", "0 <= a < b")),
+        ({"profile.ticks": [-1, 3]}, 1, ("profile.ticks=[-1, 3]", "0 <= a < b")),
+        ({"profile.ticks": [3]}, 1, ("profile.ticks=[3]", "two numbers")),
         ({"scheduler.decode_buckets": [0]}, 1, ("decode_buckets=[0]", "between 1 and 128")),
         (
             {"topology.pp": 2, "scheduler.max_num_seqs": 64, "scheduler.max_num_batched_tokens": 31},

@@ -356,7 +356,7 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(here: Path) -> None:
         "from spmd.generate import generate\nfrom spmd.model.stage import Stage\nfrom spmd.runtime import main\n"
         "run = Stage.run\n"
         "def failing(self, plan):\n"
-        "    if plan.tick == 5 and self.decoder.first: raise RuntimeError('out of memory, say')\n"
+        "    if plan.tick == 5 and self.forward.decoder.first: raise RuntimeError('out of memory, say')\n"
         "    return run(self, plan)\n"
         "Stage.run = failing\nmain(generate)\n"
     )

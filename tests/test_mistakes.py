@@ -11,7 +11,7 @@ from checkpoints import write_checkpoint
 from jobs import ROOT, run, run_here, torchrun, write_rows
 from safetensors.torch import load_file, save_file
 
-from spmd import build
+from spmd.model import build
 
 DEMO = ROOT / "spmd" / "demo" / "model"
 FILES = ("input=in.jsonl", "output=out.jsonl", "run_dir=run", "progress=false")
@@ -138,5 +138,5 @@ def test_help_and_the_whole_config_without_torchrun(tmp_path: Path, capfd: pytes
         assert f"\n{key}\n" in printed
     assert run_here("-h") == 0
     printed = capfd.readouterr().out
-    for key in ("topology: dp2, pp2, pp2dp2", "max_num_batched_tokens: 2048", "gpu_memory_utilization: 0.9"):
+    for key in ("topology: dp2, pp2, pp2dp2", "max_num_seqs: 128", "gpu_memory_utilization: 0.9"):
         assert key in printed

@@ -19,6 +19,16 @@ def summed(rank: int) -> float:
     return total.item()
 
 
+def group_name(rank: int) -> str:
+    group = connect(Topology(dp=1, pp=2, tp=1, rank=rank), torch.device("cpu")).hidden
+    assert group is not None
+    return group.group_name
+
+
+def environment(rank: int) -> list[str]:
+    return [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+
+
 def fails(rank: int, bad: int) -> None:
     connect(Topology(dp=1, pp=3, tp=1, rank=rank), torch.device("cpu"))
     if rank == bad:
@@ -38,6 +48,15 @@ def waits_for_nobody(rank: int) -> None:
 
 def test_ranks_are_used_again_and_again(ranks: Ranks) -> None:
     assert [ranks.run(3, summed) for _ in range(3)] == [[3.0] * 3] * 3
+
+
+def test_ranks_find_their_place_in_the_environment(ranks: Ranks) -> None:
+    assert ranks.run(2, environment) == [["0", "0", "2", "2"], ["1", "1", "2", "2"]]
+
+
+def test_no_two_runs_have_a_group_of_the_same_name(ranks: Ranks) -> None:
+    names = [ranks.run(2, group_name) for _ in range(3)]
+    assert len({name for pair in names for name in pair}) == 3 and all(a == b for a, b in names)
 
 
 def test_a_failure_names_its_rank_and_leaves_no_process() -> None:

@@ -1,10 +1,11 @@
 """Arithmetic of ranks and layers."""
 
-from itertools import product
+from collections.abc import Iterator
+from itertools import combinations, pairwise, product
 
 import pytest
 
-from spmd.topology import Topology, split_layers
+from spmd.topology import TIE, Topology, split_layers
 
 SIZES = list(product((1, 2, 3), repeat=3))  # dp, pp, tp
 
@@ -72,8 +73,44 @@ def test_pitfall_8_a_remainder_goes_to_the_middle_stages(num_layers: int, pp: in
     assert [layer for stage in stages for layer in stage] == list(range(num_layers))
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "head_cost", "counts"),
+    [
+        (36, 1, 1.9, [36]),
+        (36, 2, 1.9, [19, 17]),
+        (36, 4, 1.9, [9, 10, 9, 8]),
+        (36, 4, 3.0, [9, 10, 10, 7]),
+        (12, 2, 1.0, [6, 6]),  # 7, 5 costs the same
+        (12, 2, 1.05, [6, 6]),  # and about the same
+        (12, 2, 1.2, [7, 5]),
+        (4, 3, 9.0, [1, 2, 1]),  # no stage without a layer
+    ],
+)
+def test_the_head_counts_as_layers_of_the_last_stage(
+    num_layers: int, pp: int, head_cost: float, counts: list[int]
+) -> None:
+    assert [len(stage) for stage in split_layers(num_layers, pp, head_cost=head_cost)] == counts
+
+
+def every_split(num_layers: int, pp: int) -> Iterator[list[int]]:
+    for cuts in combinations(range(1, num_layers), pp - 1):
+        yield [end - start for start, end in pairwise((0, *cuts, num_layers))]
+
+
+@pytest.mark.parametrize("head_cost", [0.0, 0.3, 0.95, 1.5, 1.9, 3.2, 8.0])
+def test_no_split_has_a_faster_slowest_stage(head_cost: float) -> None:
+    def cost(counts: list[int]) -> float:
+        return max(*counts, counts[-1] + head_cost)
+
+    for num_layers, pp in product(range(2, 13), range(2, 6)):
+        if num_layers >= pp:
+            counts = [len(stage) for stage in split_layers(num_layers, pp, head_cost=head_cost)]
+            assert cost(counts) <= min(map(cost, every_split(num_layers, pp))) + TIE
+
+
 def test_pitfall_8_layers_can_be_given() -> None:
-    assert split_layers(7, 3, [1, 5, 1]) == [range(1), range(1, 6), range(6, 7)]
+    given = [range(1), range(1, 6), range(6, 7)]
+    assert split_layers(7, 3, [1, 5, 1]) == split_layers(7, 3, [1, 5, 1], head_cost=4.0) == given
 
 
 @pytest.mark.parametrize(

@@ -3,34 +3,60 @@
 torchrun --standalone --nproc-per-node 2 -m spmd.bench topology=pp2 model=small workload=cpu
 """
 
-from spmd.bench.workload import jobs
+from dataclasses import replace
+from typing import Any
+
+from spmd.bench.floor import figures, lines, ranks_work
+from spmd.bench.rates import Rates, device_rates
+from spmd.bench.workload import jobs, lengths
 from spmd.build import Worker, start
-from spmd.config import Config
+from spmd.config import Config, WorkloadConfig
 from spmd.leader import Leader
+from spmd.model.build import stages
 from spmd.report.metrics import Metrics
+from spmd.report.profile import profiled
 from spmd.report.summary import json_line, table
+from spmd.report.watch import Watch
 from spmd.runtime import main
 from spmd.topology import Topology
 
-WARM_UP_ROWS = 4  # a replica; enough to meet every kind of forward once
+WARM_UP_ROWS, WARM_UP_TOKENS = 4, 8  # of a replica, of a row
 
 
 def bench(config: Config, topology: Topology) -> None:
     """Run the workload on random weights or a checkpoint and print what came of it."""
     worker = start(config, topology)
-    _run(worker, WARM_UP_ROWS * topology.dp)
-    metrics = _run(worker, config.workload.num_prompts)
+    rates = device_rates(config.bench, worker.device, worker.arch.dtype) if topology.rank == 0 else None
+    _run(worker, _short(config.workload, topology.dp))
+    worker.phases.end("warm-up")
+    with profiled(config.profile, worker.run_dir, topology.rank) as profiler:
+        metrics = _run(worker, config.workload, profiler)
     if metrics:
-        print(table(metrics))
+        reached = _reached(worker, metrics, rates)
+        print(table(metrics, lines(reached)))
         t, w = config.topology, config.workload
-        print(json_line(metrics, workload=w.name, dp=t.dp, pp=t.pp, tp=t.tp, async_depth=config.scheduler.async_depth))
+        about = {"workload": w.name, "dp": t.dp, "pp": t.pp, "tp": t.tp, "async_depth": config.scheduler.async_depth}
+        print(json_line(metrics, **about, **reached, startup_phases=worker.phases.seconds))
 
 
-def _run(worker: Worker, num_prompts: int) -> Metrics | None:
+def _reached(worker: Worker, metrics: Metrics, rates: Rates | None) -> dict[str, Any]:
+    """How much of what the device can do was made use of."""
+    config, arch = worker.config, worker.arch
+    work = ranks_work(config, arch, stages(config, arch), lengths(config.workload, arch.vocab_size))
+    return figures(work, rates, metrics.wall_seconds, metrics.output_tokens)
+
+
+def _short(workload: WorkloadConfig, dp: int) -> WorkloadConfig:
+    """Enough of the workload to meet every kind of forward once."""
+    tokens = min(WARM_UP_TOKENS, workload.output_len[0])
+    return replace(workload, num_prompts=WARM_UP_ROWS * dp, output_len=[tokens, tokens])
+
+
+def _run(worker: Worker, workload: WorkloadConfig, watch: Watch | None = None) -> Metrics | None:
     longest = min(worker.capacity, worker.max_model_len)
-    source = jobs(worker.config, num_prompts, worker.decoder.arch.vocab_size, longest, worker.topology)
+    source = jobs(workload, worker.arch.vocab_size, longest, worker.topology)
     leader = Leader(None, "bench", Metrics()) if worker.topology.is_leader else None
-    return worker.run(source, leader)
+    return worker.run(source, leader, watch)
 
 
 if __name__ == "__main__":

@@ -1,56 +1,156 @@
-"""The host's share of one decode tick, without a forward: commit, schedule, build the inputs.
+"""The host's share of one decode tick: all that a rank does in Python, but for launching the forward.
 
-python -m spmd.bench.host [running] [tokens] [pp]
+python -m spmd.bench.host [running] [tokens] [pp] [lookahead]
 
-On a fast GPU a whole tick takes a few milliseconds, so this must be a fraction of one.
+The rank is the leader and the first stage at once, so no real one does more; with pp > 1 it sends its packets to
+itself. A forward may take less than a millisecond: with lookahead the host must not take longer, and without it the
+GPU waits for all of this.
 """
 
 import sys
-from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import compress
 from statistics import median, quantiles
 from time import perf_counter
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
+from spmd.engine import Engine
+from spmd.io.rows import Job
+from spmd.leader import Leader
 from spmd.model.inputs import InputBuilder
+from spmd.model.sampler import Sampled, plain_greedy
+from spmd.model.stage import Stage
+from spmd.parallel.feedback import TokenFeedback
+from spmd.parallel.packet import PacketWire
+from spmd.report.metrics import Metrics
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.topology import Topology
 
 BLOCK_SIZE = 16
 TICKS = 400
+CPU = torch.device("cpu")
 
 
-def measure(running: int, tokens: int, pp: int) -> list[float]:
-    """Seconds of each of TICKS decode ticks with `running` requests that have about `tokens` tokens each."""
-    longest = tokens + TICKS + 64
-    blocks = running * (longest // BLOCK_SIZE + 1) + 1
-    limits = Limits(running, running * tokens, running // pp, slots=pp)
-    scheduler = Scheduler(limits, BlockPool(blocks, BLOCK_SIZE, caching=True))
-    builder = InputBuilder(running, longest // BLOCK_SIZE + 1, BLOCK_SIZE, torch.device("cpu"))
+class Laps:
+    """Seconds of each part of each tick; the whole is "tick"."""
+
+    def __init__(self) -> None:
+        self.ticks: list[dict[str, float]] = []
+
+    def begin(self) -> None:
+        self.ticks.append({})
+
+    def timed(self, part: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        """`do`, whose time counts for a part of the tick that goes on."""
+
+        def call(*args: Any) -> Any:
+            started = perf_counter()
+            result = do(*args)
+            self.ticks[-1][part] = self.ticks[-1].get(part, 0.0) + perf_counter() - started
+            return result
+
+        return call
+
+
+class Rehearsal:
+    """What a stage does in Python. Every token sampled is 1."""
+
+    def __init__(self, builder: InputBuilder, feedback: TokenFeedback | None, laps: Laps) -> None:
+        self.feedback = feedback
+        self.defer = 1 if feedback else 0
+        self.build = laps.timed("inputs", builder.build)
+        self.greedy = laps.timed("greedy", plain_greedy)
+        self.send = laps.timed("feedback", feedback.send) if feedback else None
+        self.decodes = 0  # rows of the last plan
+
+    def run(self, plan: Plan) -> Sampled | None:
+        self.decodes = plan.num_decodes
+        if self.feedback:
+            self.feedback.receive(plan)
+        self.build(plan, self.feedback.latest if self.feedback else None)
+        if not plan.sampled:
+            return None
+        assert self.greedy(plan.sampled, plan.sample_positions)
+        sampled = Sampled(torch.ones(len(plan.sampled), dtype=torch.int64))
+        if self.send:
+            self.send(plan, sampled.token_ids)
+        return sampled
+
+    def drain(self) -> None:
+        pass
+
+
+def jobs(running: int, tokens: int, max_tokens: int) -> list[Job]:
+    """Greedy requests of about `tokens` tokens, which start new blocks at different ticks."""
+    made = []
     for index in range(running):
         prompt = [(index * 7919 + place) % 50_000 for place in range(tokens + index % BLOCK_SIZE)]
-        scheduler.add(Request(index, 0, prompt, SamplingParams(max_tokens=longest)))
-    ring: deque[Plan] = deque()
-    seconds = []
-    for tick in range(TICKS):
-        started = perf_counter()
-        if len(ring) == pp:
-            plan = ring.popleft()
-            scheduler.commit(plan, [1] * len(plan.sampled), [False] * len(plan.sampled))
-        plan = scheduler.schedule(tick)
-        builder.build(plan)
-        ring.append(plan)
-        if plan.num_decodes == running // pp:
-            seconds.append(perf_counter() - started)
-    return seconds
+        request = Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0))
+        made.append(Job(index, str(index), False, [request], prompt))
+    return made
+
+
+@contextmanager
+def alone() -> Iterator[dist.ProcessGroup | None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def build(running: int, tokens: int, pp: int, lookahead: int, group: dist.ProcessGroup | None, laps: Laps) -> Engine:
+    """An engine that takes its laps, with room for TICKS tokens of each request."""
+    longest = tokens + TICKS + 64
+    width = longest // BLOCK_SIZE + 1
+    limits = Limits(running, running * tokens, running // pp, slots=pp, lookahead=lookahead)
+    scheduler = Scheduler(limits, BlockPool(running * width + 1, BLOCK_SIZE, caching=True))
+    inputs = InputBuilder(running, width, running * longest, BLOCK_SIZE, CPU)
+    feedback = TokenFeedback(Topology(), None, running, pp, CPU) if lookahead else None
+    packets, leader = PacketWire(group, 0, True, running), Leader(None, "bench", Metrics())
+    stage = Rehearsal(inputs, feedback, laps)
+    engine = Engine(scheduler, cast(Stage, stage), packets, iter(jobs(running, tokens, longest)), leader)
+    steps = [(packets, "take"), (scheduler, "commit"), (engine, "_feed"), (scheduler, "schedule")]
+    for owner, step in [*steps, (leader, "judge"), (packets, "post")]:
+        setattr(owner, step, laps.timed(step.lstrip("_"), getattr(owner, step)))
+    return engine
+
+
+def measure(running: int, tokens: int, pp: int, lookahead: int) -> dict[str, list[float]]:
+    """Seconds of each part of most of TICKS decode ticks with `running` requests of about `tokens` tokens each."""
+    laps, whole = Laps(), []
+    with alone() as group:
+        engine = build(running, tokens, pp, lookahead, group if pp > 1 else None, laps)
+        tick = laps.timed("tick", engine.tick)
+        for number in range(TICKS):
+            laps.begin()
+            tick(number)
+            whole.append(cast(Rehearsal, engine.stage).decodes == running // pp)
+    decodes = list(compress(laps.ticks, whole))[pp + lookahead :]  # before these nothing is committed
+    return {part: [parts[part] for parts in decodes] for part in decodes[0]}
+
+
+def main(running: int = 128, tokens: int = 1500, pp: int = 2, lookahead: int = 0) -> None:
+    seconds = measure(running, tokens, pp, lookahead)
+    whole = seconds.pop("tick")
+    shape = f"{running} running, {tokens} tokens each, pp={pp}, lookahead={lookahead}"
+    print(f"{shape}: medians of {len(whole)} decode ticks of {running // pp} rows, ms")
+    seconds["rest"] = [tick - sum(parts) for tick, *parts in zip(whole, *seconds.values(), strict=True)]
+    for part, each in seconds.items():
+        print(f"{part:>10} {1e3 * median(each):7.3f}")
+    print(f"{'tick':>10} {1e3 * median(whole):7.3f}   p99 {1e3 * quantiles(whole, n=100)[98]:.3f}")
+    planning = zip(seconds["commit"], seconds["schedule"], seconds["inputs"], strict=True)
+    print(f"commit + schedule + inputs: median {1e3 * median(map(sum, planning)):.3f} ms")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    running, tokens, pp = map(int, (sys.argv[1:] + ["128", "1500", "2"][len(sys.argv) - 1 :])[:3])
-    milliseconds = [1e3 * s for s in measure(running, tokens, pp)]
-    p99 = quantiles(milliseconds, n=100)[98]
-    print(f"{running} running, {tokens} tokens each, pp={pp}: {len(milliseconds)} decode ticks of {running // pp} rows")
-    print(f"host time of a tick: median {median(milliseconds):.3f} ms, p99 {p99:.3f} ms")
+    main(*map(int, sys.argv[1:]))

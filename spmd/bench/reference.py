@@ -42,9 +42,7 @@ def _generate(model: Any, rows: Rows) -> None:
     longest, new = max(len(prompt) for prompt, _ in rows), max(output for _, output in rows)
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in rows])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in rows])
-    model.generate(
-        ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-    )
+    model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
 
 if __name__ == "__main__":

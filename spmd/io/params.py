@@ -151,9 +151,7 @@ def check_sampling(values: Mapping[str, Any], vocab_size: int, prefix: str = "")
     return checked
 
 
-def default_sampling(
-    generation_config: Mapping[str, Any], sampling: SamplingConfig, vocab_size: int
-) -> dict[str, Any]:
+def default_sampling(generation_config: Mapping[str, Any], sampling: SamplingConfig, vocab_size: int) -> dict[str, Any]:
     """What holds for a row that says nothing: `sampling.*`, else generation_config.json, else neutral.
 
     Raises:
@@ -176,9 +174,7 @@ def eos_tokens(generation_config: Mapping[str, Any], tokenizer: Any, vocab_size:
     return tuple(sorted({token for token in ids if token is not None and 0 <= token < vocab_size}))
 
 
-def sampling_params(
-    values: Mapping[str, Any], room: int, custom_id: str, eos: tuple[int, ...]
-) -> list[SamplingParams]:
+def sampling_params(values: Mapping[str, Any], room: int, custom_id: str, eos: tuple[int, ...]) -> list[SamplingParams]:
     """Sampling parameters of each of a row's n choices, from checked `values` that hold every key of NEUTRAL.
 
     `room` is how many tokens fit behind the prompt. A larger max_tokens is cut to it, as in vLLM's offline API (its

@@ -36,11 +36,11 @@ class AttentionPlan:
         self.batch = batch
         self.cache = cache
         self.group = num_heads // cache.kv_heads
-        self.write_index = cache.write_index(batch.slots)
-        self.decode_index = cache.read_index(batch.decode_tables)
+        self.write_index = cache.write_index(batch.slots(cache.block_size))
+        self.decode_index = cache.read_index(batch.tables[batch.seats[: batch.num_decodes], : batch.width])
         # A chunk that starts its prompt has its keys at hand and reads nothing from the cache.
         self.span_index = [
-            cache.read_index(span.table[None]) if span.kv_len > span.count else None for span in batch.prefills
+            cache.read_index(self._table(span)) if span.kv_len > span.count else None for span in batch.prefills
         ]
         distinct = set(windows)
         self.decode_mask = {window: self._decode_mask(window) for window in distinct if batch.num_decodes}
@@ -82,10 +82,13 @@ class AttentionPlan:
 
     def _decode_mask(self, window: int | None) -> Tensor:
         """`[R * kv_heads, 1, width * block_size]`, since the products take no broadcast over part of a batch."""
-        tokens = self.batch.decode_tables.shape[1] * self.cache.block_size
-        lens = self.batch.decode_lens[:, None]
-        mask = _additive(lens - 1, torch.arange(tokens, device=lens.device), window, self.cache.keys.dtype)
+        last = self.batch.positions[: self.batch.num_decodes, None]
+        tokens = torch.arange(self.batch.width * self.cache.block_size, device=last.device)
+        mask = _additive(last, tokens, window, self.cache.keys.dtype)
         return mask.repeat_interleave(self.cache.kv_heads, dim=0).unsqueeze(1)
+
+    def _table(self, span: Span) -> Tensor:
+        return self.batch.tables[span.seat, None, : -(-span.kv_len // self.cache.block_size)]
 
     def _tiles(self, span: Span, window: int | None) -> Iterator[Tile]:
         first = span.kv_len - span.count

@@ -1,4 +1,4 @@
-"""What one forward needs besides the token ids or hidden states: positions, cache slots and block tables."""
+"""What one forward needs besides the token ids or hidden states: positions, seats, and the block tables."""
 
 from dataclasses import dataclass
 
@@ -12,21 +12,25 @@ class Span:
     start: int
     count: int
     kv_len: int
-    table: Tensor  # int64 [ceil(kv_len / block_size)]: block ids
+    seat: int
 
 
 @dataclass(frozen=True)
 class Batch:
     """T rows, one token each: first the decode rows (padding included), then the prompt chunks.
 
-    A slot is a token's place in the KV cache, `block * block_size + offset`. Padding rows point into the null block
-    0, with length 1.
+    A request's blocks are the row of `tables` that it sits in. Padding rows sit in a row of null blocks 0, at
+    position 0.
     """
 
     positions: Tensor  # int64 [T]
-    slots: Tensor  # int64 [T]
-    sample_rows: Tensor  # int64 [S]: rows whose logits are wanted
+    seats: Tensor  # int64 [T]
+    tables: Tensor  # int32 [seats, blocks of the longest request]: block ids
     num_decodes: int  # R
-    decode_tables: Tensor  # int64 [R, width]: block ids
-    decode_lens: Tensor  # int64 [R]: tokens of each row in the cache, the new one included
+    width: int  # blocks that a decode row may have, at least those of the longest
     prefills: list[Span]
+    sample_rows: Tensor | None  # int64 [S]: rows whose logits are wanted; None: all
+
+    def slots(self, block_size: int) -> Tensor:
+        """int64 [T]: each token's place in the KV cache, `block * block_size + offset`."""
+        return self.tables[self.seats, self.positions // block_size] * block_size + self.positions % block_size

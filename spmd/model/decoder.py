@@ -4,45 +4,35 @@ Modules that a stage lacks are None. Parameters bear their checkpoint names (wit
 gate and up, and the experts of a layer are fused.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.attention import AttentionPlan
+from spmd.model.backend import Backend
 from spmd.model.batch import Batch
-from spmd.model.kv_cache import KVCache
-from spmd.model.layers import MLP, ColumnLinear, Embedding, Head, RMSNorm, RowLinear
+from spmd.model.layers import MLP, ColumnLinear, Embedding, Head, RowLinear
 from spmd.model.moe import Experts, SparseMLP
-from spmd.model.rope import Rotary, rotate
+from spmd.model.norm import RMSNorm
 from spmd.model.weights import Piece, Weights
 from spmd.parallel.tensor import TensorParallel
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of the batch's rows to the heads' outputs, over the cache
-
 
 class Attention(nn.Module):
-    """Self-attention of one layer, up to what happens between q, k, v and the cache."""
+    """Self-attention of one layer; what happens between q, k, v and the cache is the backend's."""
 
     def __init__(self, arch: Architecture, tp: TensorParallel) -> None:
         super().__init__()
-        self.head_dim = arch.head_dim
         q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        self.heads = [arch.num_heads // tp.size, arch.num_kv_heads // tp.size, arch.num_kv_heads // tp.size]
         parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         self.qkv_proj = ColumnLinear(arch.hidden_size, parts, arch.qkv_bias, arch.dtype, tp)
         self.o_proj = RowLinear(q, arch.hidden_size, arch.o_bias, arch.dtype, tp)
         self.q_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(1, (-1, self.head_dim)).split(self.heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(rotate(q, *rope), rotate(k, *rope), v))
+    def forward(self, x: Tensor, layer: int, backend: Backend) -> Tensor:
+        return self.o_proj(backend.attend(layer, self.qkv_proj(x), self.q_norm, self.k_norm))
 
 
 class DecoderLayer(nn.Module):
@@ -55,9 +45,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch)
         self.mlp = SparseMLP(arch, tp) if sparse else MLP(arch, tp)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, residual: Tensor | None, layer: int, backend: Backend) -> tuple[Tensor, Tensor]:
+        """Both `[T, hidden]`: what the MLP adds, and what it is to be added to, so that the next norm can fuse it."""
+        x, residual = backend.add_norm(x, residual, self.input_layernorm)
+        x, residual = backend.add_norm(self.self_attn(x, layer, backend), residual, self.post_attention_layernorm)
+        return self.mlp(x, backend), residual
 
 
 class Decoder(nn.Module):
@@ -85,29 +77,30 @@ class Decoder(nn.Module):
             self.lm_head = Head(arch, tp) if last else None
         if self.embed_tokens is not None and self.lm_head is not None and arch.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.rotary = Rotary(arch.rope, arch.head_dim, device)
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor | None:
-        """Run this stage.
+    def forward(self, x: Tensor, batch: Batch, backend: Backend) -> Tensor:
+        """Run this stage, after `backend.prepare(batch)`.
 
         Args:
             x: token ids `[T]` on the first stage, else the hidden states `[T, hidden]` of the one before.
 
         Returns:
-            Hidden states `[T, hidden]`; on the last stage float32 logits `[S, vocab]` of `batch.sample_rows`, which
-            only tp rank 0 has (None on the others).
+            Hidden states `[T, hidden]`; on the last stage logits of `batch.sample_rows`, of this rank's slice of the
+            vocabulary: `[S, padded vocab / tp]`.
         """
-        windows = [self.arch.windows[i] for i in self.range]
-        plan = AttentionPlan(batch, cache, self.arch.num_heads // self.tp.size, windows)
+        backend.begin(batch)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
-        rope = self.rotary.tables(batch.positions, x.dtype)
-        for i, (layer, window) in enumerate(zip(self.layers.values(), windows, strict=True)):
-            x = layer(x, rope, partial(plan, i, window))
+        residual: Tensor | None = None
+        for i, layer in enumerate(self.layers.values()):
+            x, residual = layer(x, residual, i, backend)
+        assert residual is not None
         if self.norm is None or self.lm_head is None:
-            return x
-        return self.lm_head(self.norm(x[batch.sample_rows]))
+            return x + residual
+        if batch.sample_rows is not None:
+            x, residual = x[batch.sample_rows], residual[batch.sample_rows]
+        return self.lm_head(backend.add_norm(x, residual, self.norm)[0])
 
     def pieces(self, stacked_experts: bool = False) -> dict[str, list[Piece]]:
         """What this rank reads from a checkpoint, by tensor name; tied embeddings go by the embedding's."""

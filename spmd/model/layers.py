@@ -1,4 +1,4 @@
-"""The dense layers of a decoder, each with one tensor-parallel rank's slice: norm, linears, embedding, head, MLP."""
+"""The dense layers of a decoder, each with one tensor-parallel rank's slice: linears, embedding, head, MLP."""
 
 from collections.abc import Iterator
 
@@ -7,23 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
+from spmd.model.backend import Backend
 from spmd.model.weights import Piece, Weights, empty, linear, shard, whole
 from spmd.parallel.tensor import TensorParallel
-
-
-class RMSNorm(Weights):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
-
-    def __init__(self, size: int, arch: Architecture) -> None:
-        super().__init__()
-        self.eps = arch.rms_norm_eps
-        self.weight = empty(arch.dtype, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-    def pieces(self, own: str) -> Iterator[Piece]:
-        yield whole(f"{own}.weight", self.weight)
 
 
 class ColumnLinear(Weights):
@@ -63,12 +49,14 @@ class RowLinear(Weights):
     def __init__(self, size: int, out: int, bias: bool, dtype: torch.dtype, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
+        self.out = out
         self.weight = empty(dtype, out, size // tp.size)
         self.bias = empty(dtype, out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T, size / tp]` to `[T, out]`, equal on all tp ranks."""
-        x = self.tp.all_reduce(linear(x, self.weight))
+        room = self.tp.room(len(x), self.out)
+        x = self.tp.all_reduce(linear(x, self.weight) if room is None else torch.mm(x, self.weight.t(), out=room))
         return x if self.bias is None else x + self.bias
 
     def pieces(self, own: str) -> Iterator[Piece]:
@@ -102,17 +90,26 @@ class Embedding(Vocabulary):
         ids = ids - self.tp.rank * len(self.weight)
         elsewhere = (ids < 0) | (ids >= len(self.weight))
         x = F.embedding(ids.masked_fill(elsewhere, 0), self.weight)
-        return self.tp.all_reduce(x.masked_fill_(elsewhere[:, None], 0))
+        x = self.tp.all_reduce(x.masked_fill_(elsewhere[:, None], 0))
+        return x.clone() if self.tp.symmetric else x  # the first residual outlasts the next sum, the room doesn't
 
 
 class Head(Vocabulary):
-    """Hidden states `[S, hidden]` to float32 logits `[S, vocab]` on tp rank 0, None on the others."""
+    """Hidden states `[S, hidden]` to logits `[S, padded vocab / tp]`, this rank's slice."""
 
     packable = ("weight",)
 
-    def forward(self, x: Tensor) -> Tensor | None:
-        logits = self.tp.gather_vocab(linear(x, self.weight))
-        return None if logits is None else logits[:, : self.size].float()
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+    def gather(self, logits: Tensor) -> Tensor | None:
+        """The logits `[S, vocab]` of all slices, on tp rank 0; None on the others."""
+        whole = self.tp.gather_vocab(logits)
+        return None if whole is None else whole[:, : self.size]
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The most likely token ids, int64 `[S]`, on every rank, without gathering the slices."""
+        return self.tp.argmax_vocab(logits, self.size)
 
 
 class MLP(nn.Module):
@@ -125,11 +122,5 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnLinear(arch.hidden_size, parts, bias, arch.dtype, tp)
         self.down_proj = RowLinear(inner, arch.hidden_size, bias, arch.dtype, tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_up_proj(x)))
-
-
-def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of `[T, 2 * inner]`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
+        return self.down_proj(backend.gated(self.gate_up_proj(x)))

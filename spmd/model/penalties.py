@@ -1,29 +1,18 @@
 """Repetition, frequency and presence penalties, and the token counts they need.
 
-Counts live on the device, one vocabulary-wide row for each request with a penalty, and are advanced by the tokens
-committed since they were last asked for: a tick costs the new tokens, not the whole context.
+Counts live on the device, one vocabulary-wide row for each request with a penalty. Sampled tokens are added there, as
+soon as they are chosen: the host may learn of them later, when the request has been sampled again already.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spmd.model.transfer import to_device
-from spmd.schedule.request import Request, SamplingParams
+from spmd.schedule.request import Request
 
 IN_PROMPT, ONE_OUTPUT = 1, 2  # a count is bit 0: in the prompt, and above it the occurrences in the output
-
-
-def has_penalties(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-
-
-@dataclass(slots=True)
-class _Entry:
-    row: int  # of the table
-    counted: int  # tokens of the request that are in the table
 
 
 class TokenCounts:
@@ -32,36 +21,34 @@ class TokenCounts:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.table = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self.free: list[int] = []
-        self.entries: dict[Request, _Entry] = {}
+        self.taken: dict[Request, int] = {}
 
-    def of(self, requests: Sequence[Request]) -> Tensor:
-        """Counts [len(requests), vocab] of prompt and committed output, as a copy."""
-        rows: list[int] = []
-        new_rows: list[int] = []
-        new_tokens: list[int] = []
-        for request in requests:
-            entry = self.entries.get(request) or self._enter(request)
-            new = request.tokens[entry.counted :]
-            entry.counted += len(new)
-            rows.append(entry.row)
-            new_rows += [entry.row] * len(new)
-            new_tokens += new
-        if new_tokens:
-            at, token = to_device([new_rows, new_tokens], torch.int64, self.table.device)
-            self.table.index_put_((at, token), self.table.new_full((), ONE_OUTPUT), accumulate=True)
-        return self.table[to_device(rows, torch.int64, self.table.device)]
+    def rows(self, requests: Sequence[Request]) -> Tensor:
+        """Row of the table of each of these unfinished requests, int64 [R] on the device.
 
-    def _enter(self, request: Request) -> _Entry:
+        A request is entered with its prompt and committed output when it is first seen; from then on `add` must be
+        told of each of its tokens.
+        """
+        rows = [self.taken[r] if r in self.taken else self._enter(r) for r in requests]
+        return to_device(rows, torch.int64, self.table.device)
+
+    def add(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Count one more output token in each of `rows`; both int64 [R] on the device."""
+        self.table.index_put_((rows, token_ids), self.table.new_full((), ONE_OUTPUT), accumulate=True)
+
+    def _enter(self, request: Request) -> int:
         if not self.free:
             self._make_room()
-        entry = self.entries[request] = _Entry(self.free.pop(), request.prompt_len)
-        prompt = to_device(request.tokens[: request.prompt_len], torch.int64, self.table.device)
-        self.table[entry.row].zero_().index_fill_(0, prompt, IN_PROMPT)
-        return entry
+        row = self.taken[request] = self.free.pop()
+        tokens = to_device(request.tokens, torch.int64, self.table.device)
+        self.table[row].zero_().index_fill_(0, tokens[: request.prompt_len], IN_PROMPT)
+        output = tokens[request.prompt_len :]
+        self.add(torch.full_like(output, row), output)
+        return row
 
     def _make_room(self) -> None:
-        finished = [request for request in self.entries if request.finish_reason is not None]
-        self.free = [self.entries.pop(request).row for request in finished]
+        finished = [request for request in self.taken if request.finish_reason is not None]
+        self.free = [self.taken.pop(request) for request in finished]
         if not self.free:
             rows = len(self.table)
             self.free = list(range(rows, max(8, 2 * rows)))
@@ -69,7 +56,7 @@ class TokenCounts:
 
 
 def apply_penalties(scores: Tensor, counts: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Penalised copy of `scores` [rows, vocab], given the `TokenCounts` of the same rows.
+    """Penalised copy of `scores` [rows, vocab], given the rows [rows, vocab] of `TokenCounts`.
 
     As in vLLM: repetition over prompt and output (a positive score is divided, a negative one multiplied), frequency
     and presence subtracted for the output alone.

@@ -38,10 +38,14 @@ class Rotary:
         self.frequencies = inverse_frequencies(config, head_dim).to(device)
         self.scale = attention_scale(config)
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 `[T, head_dim // 2]`, of `positions` `[T]`."""
+        angles = positions[:, None].float() * self.frequencies
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines `[T, 1, head_dim]` of `positions` `[T]`, as `rotate` wants them."""
-        angles = positions[:, None].float() * self.frequencies
-        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
+        cos, sin = self.angles(positions)
         return (
             torch.cat((cos, cos), dim=-1).to(dtype).unsqueeze(1),
             torch.cat((-sin, sin), dim=-1).to(dtype).unsqueeze(1),

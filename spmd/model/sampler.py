@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spmd.model.penalties import TokenCounts, apply_penalties, has_penalties
-from spmd.model.transfer import to_device
+from spmd.model.penalties import TokenCounts, apply_penalties
+from spmd.model.transfer import HostCopy, to_device
 from spmd.schedule.request import Request, SamplingParams, TokenLogprobs
 
 WEIGHT_OF_BEST = 2**34  # weight of a row's most likely token: sums over 2**19 tokens stay exact in a float64
@@ -25,11 +25,38 @@ MASK64 = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """`token_ids` is int64 [S] on the sampler's device; `logprobs` has one entry a row if any row asked."""
+class PackedLogprobs:
+    """What the rows `asked` of a plan of `rows` asked for: on the way to the host, and apart only there."""
 
-    token_ids: Tensor
-    logprobs: list[TokenLogprobs | None] | None = None
+    rows: int
+    asked: list[int]
+    wanted: list[int]  # top logprobs of each row asked
+    packed: HostCopy  # float64 [asked, 2 + 2 * max(wanted)]: logprob, rank, ids of the top, their logprobs
+
+    def unpack(self) -> list[TokenLogprobs | None]:
+        """One entry for each row of the plan."""
+        most = max(self.wanted)
+        answers: list[TokenLogprobs | None] = [None] * self.rows
+        for i, k, (logprob, rank, *top) in zip(self.asked, self.wanted, self.packed.wait().tolist(), strict=True):
+            ids, values = top[:k], top[most : most + k]
+            answers[i] = TokenLogprobs(logprob, int(rank), list(zip(map(int, ids), values, strict=True)))
+        return answers
+
+
+class Sampled:
+    """One token for each sampled row of a plan.
+
+    `token_ids` is int64 [S] on the device, for what goes on there. Copies to the host set out when this is made.
+    """
+
+    def __init__(self, token_ids: Tensor, logprobs: PackedLogprobs | None = None) -> None:
+        self.token_ids = token_ids
+        self._tokens = HostCopy(token_ids)
+        self._logprobs = logprobs
+
+    def fetch(self) -> tuple[list[int], list[TokenLogprobs | None] | None]:
+        """Token ids, and one entry of logprobs a row if any row asked. Waits for this plan, not for later ones."""
+        return self._tokens.wait().tolist(), self._logprobs.unpack() if self._logprobs else None
 
 
 class Sampler:
@@ -41,29 +68,35 @@ class Sampler:
         self.counts = TokenCounts(vocab_size, self.device)
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> Sampled:
-        """Choose token number `len(requests[i].tokens)` of each request from `logits[i]`.
+    def sample(self, logits: Tensor, requests: Sequence[Request], positions: Sequence[int]) -> Sampled:
+        """Choose the token at `positions[i]` (prompt and output tokens before it) of `requests[i]` from `logits[i]`.
 
-        `logits` is float32 [S, vocab] and is left as it was. The host waits for the device only if a row asked for
-        logprobs.
+        `logits` is [S, vocab] of any floating dtype and is left as it was. The host doesn't wait for the device. The
+        tokens just before a position need not be committed: they are counted for penalties when they are sampled here.
         """
-        biased = [i for i, r in enumerate(requests) if r.params.logit_bias or _held_open(r)]
-        penalised = [i for i, r in enumerate(requests) if has_penalties(r.params)]
+        if plain_greedy(requests, positions):
+            return Sampled(logits.argmax(-1))
+        biased = [i for i, r in enumerate(requests) if r.params.logit_bias or _held_open(r, positions[i])]
+        # A finished request may still be in a plan made before that was known. Its token will be thrown away, and its
+        # row of counts may be another's by now.
+        penalised = [i for i, r in enumerate(requests) if r.params.penalised and r.finish_reason is None]
         drawn = [i for i, r in enumerate(requests) if not r.params.greedy]
-        asked = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        scores = logits.clone() if biased or penalised else logits
+        scores = logits.to(torch.float32, copy=bool(biased or penalised))
         if biased:
-            self._add_bias(scores, biased, requests)
+            self._add_bias(scores, biased, requests, positions)
         if penalised:
-            rows, chosen = self._rows(penalised), [requests[i] for i in penalised]
-            scores[rows] = apply_penalties(scores[rows], self.counts.of(chosen), chosen)
+            chosen, rows = [requests[i] for i in penalised], self._rows(penalised)
+            counted = self.counts.rows(chosen)
+            scores[rows] = apply_penalties(scores[rows], self.counts.table[counted], chosen)
         token_ids = scores.argmax(-1)
         if drawn:
-            rows = self._rows(drawn)
-            token_ids[rows] = self._draw(scores[rows], [requests[i] for i in drawn])
-        return Sampled(token_ids, self._logprobs(logits, token_ids, asked, requests) if asked else None)
+            at = self._rows(drawn)
+            token_ids[at] = self._draw(scores[at], [requests[i].params for i in drawn], [positions[i] for i in drawn])
+        if penalised:
+            self.counts.add(counted, token_ids[rows])
+        return Sampled(token_ids, self._logprobs(logits, token_ids, requests))
 
-    def _add_bias(self, scores: Tensor, rows: list[int], requests: Sequence[Request]) -> None:
+    def _add_bias(self, scores: Tensor, rows: list[int], requests: Sequence[Request], positions: Sequence[int]) -> None:
         """Add logit_bias, and minus infinity to what would end a row before its min_tokens.
 
         As in vLLM, ignore_eos does not lift the latter. A stop token may lie outside the vocabulary.
@@ -72,20 +105,19 @@ class Sampler:
         for row in rows:
             params = requests[row].params
             entries += [(row, token, bias) for token, bias in params.logit_bias]
-            if _held_open(requests[row]):
+            if _held_open(requests[row], positions[row]):
                 ends = params.eos_token_ids + params.stop_token_ids
                 entries += [(row, token, float("-inf")) for token in ends if 0 <= token < self.vocab_size]
         if entries:
             at, token, bias = to_device(entries, torch.float64, self.device).unbind(1)
             scores.index_put_((at.long(), token.long()), bias.float(), accumulate=True)
 
-    def _draw(self, scores: Tensor, requests: list[Request]) -> Tensor:
+    def _draw(self, scores: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
         """One token id a row, int64 [R], from scores [R, vocab], of rows with a temperature above zero."""
-        params = [r.params for r in requests]
         columns = [
             [max(p.temperature, COLDEST) for p in params],
             [p.min_p for p in params],
-            [uniform(r.params.stream, len(r.tokens)) for r in requests],
+            [uniform(p.stream, position) for p, position in zip(params, positions, strict=True)],
         ]
         temperature, min_p, u = to_device(columns, torch.float64, self.device)
         scores = (scores - scores.amax(-1, keepdim=True)) / temperature.float()[:, None]
@@ -116,21 +148,19 @@ class Sampler:
         kept = (weights > 0) & (sums - weights < top_p * sums[:, -1:])
         return best.masked_fill(~kept, float("inf")).amin(-1)
 
-    def _logprobs(
-        self, logits: Tensor, token_ids: Tensor, asked: list[int], requests: Sequence[Request]
-    ) -> list[TokenLogprobs | None]:
+    def _logprobs(self, logits: Tensor, token_ids: Tensor, requests: Sequence[Request]) -> PackedLogprobs | None:
+        """Those of the raw logits, for the rows that ask; None if none does."""
+        asked = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        if not asked:
+            return None
         wanted = [min(requests[i].params.logprobs or 0, self.vocab_size) for i in asked]
         rows = self._rows(asked)
-        logprobs = logits[rows].log_softmax(-1)
+        logprobs = logits[rows].float().log_softmax(-1)
         sampled = logprobs.gather(1, token_ids[rows, None])
         rank = (logprobs >= sampled).sum(-1, keepdim=True)
         top = logprobs.topk(max(wanted))
         packed = torch.cat([part.double() for part in (sampled, rank, top.indices, top.values)], dim=1)
-        answers: list[TokenLogprobs | None] = [None] * len(requests)
-        for i, k, (logprob, place, *rest) in zip(asked, wanted, packed.tolist(), strict=True):
-            ids, values = rest[:k], rest[max(wanted) : max(wanted) + k]
-            answers[i] = TokenLogprobs(logprob, int(place), list(zip(map(int, ids), values, strict=True)))
-        return answers
+        return PackedLogprobs(len(requests), asked, wanted, HostCopy(packed))
 
     def _rows(self, rows: list[int]) -> Tensor:
         return to_device(rows, torch.int64, self.device)
@@ -147,8 +177,14 @@ def uniform(stream: int, position: int) -> float:
     return ((z ^ z >> 31) >> 11) * 2.0**-53
 
 
-def _held_open(request: Request) -> bool:
-    return request.num_output < request.params.min_tokens
+def plain_greedy(requests: Sequence[Request], positions: Sequence[int]) -> bool:
+    """Whether every row takes the argmax of its raw logits and asks for nothing else. Equal on all ranks."""
+    return all(position >= request.plain_from for request, position in zip(requests, positions, strict=True))
+
+
+def _held_open(request: Request, position: int) -> bool:
+    """Whether min_tokens forbids the token at `position` to end the request."""
+    return position < request.prompt_len + request.params.min_tokens
 
 
 def _weights(scores: Tensor, keep: Tensor) -> Tensor:

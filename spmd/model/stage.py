@@ -1,46 +1,91 @@
 """One rank's share of a tick: receive hidden states, run this stage's layers, send them on or sample."""
 
-from time import perf_counter
+import torch
+from torch import Tensor
 
-from spmd.model.decoder import Decoder
+from spmd.model.forward import Forward
 from spmd.model.inputs import InputBuilder
-from spmd.model.kv_cache import KVCache
-from spmd.model.sampler import Sampled, Sampler
+from spmd.model.sampler import Sampled, Sampler, plain_greedy
+from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.hidden import HiddenChannel
+from spmd.report.clock import StageClock
 from spmd.schedule.plan import Plan
 
 
 class Stage:
-    """`channel` is None without a pipeline, `sampler` everywhere but on the leader."""
+    """`channel` is None without a pipeline, `feedback` without lookahead, `sampler` everywhere but on the leader."""
 
     def __init__(
         self,
-        decoder: Decoder,
-        cache: KVCache,
+        forward: Forward,
         inputs: InputBuilder,
         channel: HiddenChannel | None,
+        feedback: TokenFeedback | None,
         sampler: Sampler | None,
     ) -> None:
-        self.decoder = decoder
-        self.cache = cache
+        self.forward = forward
         self.inputs = inputs
         self.channel = channel
+        self.feedback = feedback
         self.sampler = sampler
-        self.busy_s = 0.0  # seconds spent computing, waiting for hidden states not counted
+        self.clock = StageClock(inputs.device)  # computing; waiting for hidden states is not counted
+
+    @property
+    def defer(self) -> int:
+        """Ticks for which samples had better stay on the device: a host that asks at once waits for the forward."""
+        return 1 if self.inputs.device.type == "cuda" else 0
 
     def run(self, plan: Plan) -> Sampled | None:
         """Run a plan; on the leader returns a token for each of `plan.sampled`, None if there are none."""
+        if self.feedback:
+            self.feedback.receive(plan)
         if not plan.requests:
             return None
-        hidden, batch = self.inputs.build(plan)
-        if not self.decoder.first:
-            assert self.channel is not None
-            hidden = self.channel.receive(plan.num_rows)
-        started = perf_counter()
-        output = self.decoder(hidden, batch, self.cache)
-        sampled = self.sampler.sample(output, plan.sampled) if self.sampler and plan.sampled else None
-        self.busy_s += perf_counter() - started
-        if not self.decoder.last:
-            assert self.channel is not None
-            self.channel.send(output)
+        x, batch = self.inputs.build(plan, self.feedback.latest if self.feedback else None)
+        x = self._receive(x, plan.num_rows)
+        with self.clock.busy():
+            x = self.forward(x, batch)
+            sampled = self._sample(plan, x) if self.forward.decoder.last and plan.sampled else None
+        self._send(x)
+        if self.feedback and sampled:
+            self.feedback.send(plan, sampled.token_ids)
         return sampled
+
+    def warm_up(self, prompt: int) -> None:
+        """Run a prompt of padding through the pipeline: opens its connections, compiles and loads kernels."""
+        ids, batch = self.inputs.padding(0, prompt)
+        self._send(self.forward(self._receive(ids, prompt), batch))
+
+    def _receive(self, ids: Tensor, rows: int) -> Tensor:
+        """What the forward starts from: token ids on the first stage, else the previous one's hidden states."""
+        if self.forward.decoder.first:
+            return ids
+        assert self.channel is not None
+        return self.channel.receive(rows)
+
+    def _send(self, x: Tensor) -> None:
+        if not self.forward.decoder.last:
+            assert self.channel is not None
+            self.channel.send(x)
+
+    def drain(self) -> None:
+        """Wait until all that was sent has left."""
+        if self.channel:
+            self.channel.drain()
+        if self.feedback:
+            self.feedback.drain()
+
+    @torch.inference_mode()
+    def _sample(self, plan: Plan, logits: Tensor) -> Sampled | None:
+        """All tensor ranks of the last stage bring their slices of the logits; the leader gets the tokens."""
+        head = self.forward.decoder.lm_head
+        assert head is not None
+        logits = logits[: len(plan.sampled)]  # behind these are those of padding rows
+        if plain_greedy(plan.sampled, plan.sample_positions):
+            token_ids = head.argmax(logits)
+            return Sampled(token_ids) if self.sampler else None
+        whole = head.gather(logits)
+        if self.sampler is None:
+            return None
+        assert whole is not None
+        return self.sampler.sample(whole, plan.sampled, plan.sample_positions)

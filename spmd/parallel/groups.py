@@ -20,9 +20,10 @@ class Groups:
     packets: ProcessGroup | None = None  # the replica, on the CPU
     hidden: ProcessGroup | None = None  # the replica, on the device
     tensor: ProcessGroup | None = None  # the ranks of one stage, on the device
+    tokens: ProcessGroup | None = None  # the replica's first stage and its leader, on the device; made for lookahead
 
 
-def connect(topology: Topology, device: torch.device) -> Groups:
+def connect(topology: Topology, device: torch.device, lookahead: bool = False) -> Groups:
     """Join the world started by torchrun. Its default group is for talk at start-up and at the end, on the CPU."""
     if topology.world_size == 1:
         return Groups()
@@ -32,15 +33,19 @@ def connect(topology: Topology, device: torch.device) -> Groups:
         packets=_group_of(topology.rank, topology.replicas(), "gloo"),
         hidden=_group_of(topology.rank, topology.replicas(), on_device),
         tensor=_group_of(topology.rank, topology.stages(), on_device),
+        tokens=_group_of(topology.rank, _ends(topology), on_device) if lookahead else None,
     )
 
 
-def _group_of(rank: int, partition: list[list[int]], backend: str) -> ProcessGroup | None:
-    """Make a group of each part (every rank must take part in making every group); returns the own one."""
-    groups = [
-        dist.new_group(ranks, timeout=WORKING, backend=backend) if len(ranks) > 1 else None for ranks in partition
-    ]
-    return next(group for group, ranks in zip(groups, partition, strict=True) if rank in ranks)
+def _ends(topology: Topology) -> list[list[int]]:
+    """Of each replica the first stage's ranks and the leader."""
+    return [sorted({*ranks[: topology.tp], ranks[-topology.tp]}) for ranks in topology.replicas()]
+
+
+def _group_of(rank: int, parts: list[list[int]], backend: str) -> ProcessGroup | None:
+    """Make a group of each part (every rank must take part in making every group); returns the own one, if any."""
+    groups = [dist.new_group(ranks, timeout=WORKING, backend=backend) if len(ranks) > 1 else None for ranks in parts]
+    return next((group for group, ranks in zip(groups, parts, strict=True) if rank in ranks), None)
 
 
 def disconnect() -> None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from spmd.model.transfer import on_host
+
 
 class PacketWire:
     """Broadcasts packets from the leader, several in flight, delivered in order."""
@@ -22,20 +24,23 @@ class PacketWire:
         self.is_leader = is_leader
         self.max_samples = max_samples
         self._pending: deque[tuple[dist.Work | None, Tensor]] = deque()
+        self._kept: deque[tuple[list[int], list[bool]]] = deque()  # by a leader that is alone
 
     def post(self, tokens: Sequence[int], finished: Sequence[bool]) -> None:
         """Start this tick's broadcast. What is passed counts on the leader alone."""
+        if self.group is None:
+            self._kept.append(([*tokens], [*finished]))
+            return
         packet = torch.zeros(1 + 2 * self.max_samples, dtype=torch.int64)
         if self.is_leader:
             count = len(tokens)
-            packet[: 1 + 2 * count] = torch.tensor([count, *tokens, *finished])
-        work = None
-        if self.group is not None:
-            work = dist.broadcast(packet, self.leader, group=self.group, async_op=True)
-        self._pending.append((work, packet))
+            packet[: 1 + 2 * count] = on_host([count, *tokens, *finished], torch.int64)
+        self._pending.append((dist.broadcast(packet, self.leader, group=self.group, async_op=True), packet))
 
     def take(self) -> tuple[list[int], list[bool]]:
         """The oldest packet not taken yet: its tokens and verdicts. Waits until it is there."""
+        if self.group is None:
+            return self._kept.popleft()
         work, packet = self._pending.popleft()
         if work is not None:
             work.wait()

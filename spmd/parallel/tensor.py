@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+from spmd.parallel.symmetric import SymmetricBuffer
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,21 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    symmetric: SymmetricBuffer | None = None
+
+    def room(self, rows: int, columns: int) -> Tensor | None:
+        """Where to write `[rows, columns]` that will be summed, if anywhere: it is then spared a copy."""
+        return self.symmetric.room(rows, columns) if self.symmetric else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum `x` over the ranks, in place."""
-        if self.size > 1:
+        """Sum `x` over the ranks; in place, or in the room, where it lasts until the next call."""
+        if self.size == 1:
+            return x
+        room = self.room(*x.shape)
+        if self.symmetric is None or room is None:
             dist.all_reduce(x, group=self.group)
-        return x
+            return x
+        return self.symmetric.all_reduce(room if x.data_ptr() == room.data_ptr() else room.copy_(x))
 
     def gather_vocab(self, logits: Tensor) -> Tensor | None:
         """Join slices `[S, vocab / size]` to `[S, vocab]` on tp rank 0; None on the others."""
@@ -28,3 +40,23 @@ class TensorParallel:
         slices = [torch.empty_like(logits) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(logits.contiguous(), slices, group=self.group, group_dst=0)
         return torch.cat(slices, dim=-1) if slices else None
+
+    def argmax_vocab(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Most likely token of each row, int64 [S], equal on all ranks, from their slices `[S, padded vocab / size]`.
+
+        The same as `argmax` of the joined logits: of equal ones the first wins, and a NaN over all others. Columns
+        from `vocab_size` on are padding and never win. Two numbers a row travel instead of the logits, and the host
+        waits for nothing.
+        """
+        if self.size == 1:
+            return logits[:, :vocab_size].argmax(-1)
+        offset = self.rank * logits.shape[1]
+        if (padding := min(offset + logits.shape[1] - vocab_size, logits.shape[1])) > 0:
+            logits = F.pad(logits[:, :-padding], (0, padding), value=float("-inf"))
+        value, token = logits.max(-1)
+        # A float64 holds a logit of any narrower type and a token id exactly.
+        mine = torch.stack([value.double(), (token + offset).double()])
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self.group)
+        values, tokens = torch.stack(everyone, dim=1)
+        return tokens.gather(0, values.argmax(0, keepdim=True))[0].long()

@@ -18,13 +18,13 @@ class Histogram:
     count: int = 0
     total_ns: int = 0
 
-    def add(self, seconds: float) -> None:
-        """Count one duration; what is under a nanosecond counts as one."""
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Count a duration, as often as it occurred; what is under a nanosecond counts as one."""
         ns = max(int(seconds * NANOSECONDS), 1)
         at = int(math.log(ns) * BINS_PER_E)
-        self.bins[at] = self.bins.get(at, 0) + 1
-        self.count += 1
-        self.total_ns += ns
+        self.bins[at] = self.bins.get(at, 0) + count
+        self.count += count
+        self.total_ns += ns * count
 
     def merge(self, other: "Histogram") -> None:
         for at, count in other.bins.items():

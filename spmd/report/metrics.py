@@ -23,10 +23,10 @@ COUNTERS = (
 
 
 @dataclass(slots=True)
-class _Clock:
+class Clock:
     """Seconds on the leader's clock for one request that is not finished; `tokens` counts its output."""
 
-    arrival: float
+    arrival: float  # the request may be scheduled from then on
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
@@ -61,26 +61,22 @@ class Metrics:
     wall_seconds: float = 0.0  # the work phase; once merged, of the slowest rank
     stages: dict[int, StageTime] = field(default_factory=dict)
 
-    _open: dict[tuple[int, int], _Clock] = field(default_factory=dict, init=False, repr=False)
+    def sampled(self, clocks: Iterable[Clock], now: float) -> None:
+        """One more output token of each of these requests was sampled."""
+        waited: dict[float, int] = {}  # since their last token; most got it from the same plan
+        for clock in clocks:
+            if clock.tokens:
+                waited[clock.last] = waited.get(clock.last, 0) + 1
+            else:
+                clock.first = now
+                self.ttft.add(now - clock.arrival)
+            clock.tokens += 1
+            clock.last = now
+        for last, count in waited.items():
+            self.itl.add(now - last, count)
 
-    def arrived(self, request: Request, now: float) -> None:
-        """The request may be scheduled from now on."""
-        self._open[request.index, request.choice] = _Clock(now)
-
-    def token(self, request: Request, now: float) -> None:
-        """One output token of the request was sampled."""
-        clock = self._open[request.index, request.choice]
-        if clock.tokens:
-            self.itl.add(now - clock.last)
-        else:
-            clock.first = now
-            self.ttft.add(now - clock.arrival)
-        clock.tokens += 1
-        clock.last = now
-
-    def finished(self, request: Request, now: float) -> None:
+    def finished(self, request: Request, clock: Clock, now: float) -> None:
         """The request ended with an answer."""
-        clock = self._open.pop((request.index, request.choice))
         self.e2el.add(now - clock.arrival)
         if clock.tokens > 1:
             self.tpot.add((clock.last - clock.first) / (clock.tokens - 1))

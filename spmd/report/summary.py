@@ -1,6 +1,7 @@
 """The figures at the end of a run: as a dict with `vllm bench`'s names, as JSON, and as a table for people."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def write_json(metrics: Metrics, output: str | Path) -> Path:
     return path
 
 
-def table(metrics: Metrics) -> str:
-    """The figures for people, in aligned columns; no newline at the end."""
+def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:
+    """The figures for people, in aligned columns, and rows of `more` below; no newline at the end."""
     f = as_dict(metrics)
     hits, queried = f["prefix_cache_hit_tokens"], f["prefix_cache_queried_tokens"]
     total = f["total_input_tokens"] + f["total_output_tokens"]
@@ -72,6 +73,7 @@ def table(metrics: Metrics) -> str:
         ("",),
         ("preempted", f"{f['preemptions']:,}"),
         ("cache hits", f"{100 * _ratio(hits, queried):.1f} %", f"{hits:,} of", f"{queried:,} tokens"),
+        *more,
     ]
     return "\n".join(_line(*row) for row in rows)
 

@@ -21,6 +21,7 @@ class Plan:
     num_prompt_tokens: int = 0
     sampled: list[Request] = field(default_factory=list)  # requests that get a token from this plan
     sample_rows: list[int] = field(default_factory=list)  # row of the forward that each of them is sampled from
+    sample_positions: list[int] = field(default_factory=list)  # where each token will stand: tokens before it
     grown: list[tuple[int, int, int]] = field(default_factory=list)  # new block table entries: (seat, position, block)
 
     @property
@@ -28,11 +29,22 @@ class Plan:
         """Rows of the forward: tokens and padding; the first dimension of the hidden states."""
         return self.padded_decodes + self.num_prompt_tokens
 
-    def add(self, request: Request, count: int) -> None:
-        """Append the next `count` tokens of a request."""
+    def add_decodes(self, requests: list[Request]) -> None:
+        """Begin with the next token of each of these."""
+        self.num_decodes = len(requests)
+        self.requests = requests
+        self.starts = [request.scheduled for request in requests]
+        self.counts = [1] * len(requests)
+        for request in requests:
+            request.scheduled += 1
+            request.in_flight += 1
+
+    def add_chunk(self, request: Request, count: int) -> None:
+        """Append the next `count` tokens of a prompt."""
         self.requests.append(request)
         self.starts.append(request.scheduled)
         self.counts.append(count)
+        self.num_prompt_tokens += count
         request.scheduled += count
         request.in_flight += 1
 

@@ -1,5 +1,6 @@
 """One request: what was asked (prompt, sampling parameters) and how far it has come (tokens, blocks, seat)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,6 +33,15 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the argmax of the raw logits is all that is asked for, once there are min_tokens."""
+        return self.greedy and self.logprobs is None and not self.logit_bias and not self.penalised
+
 
 class TokenLogprobs(NamedTuple):
     """Natural log-probabilities of a sampled token and its rivals, under the raw logits."""
@@ -43,7 +53,10 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence to generate. `tokens` is the prompt followed by the committed output."""
+    """One sequence to generate. `tokens` is the prompt followed by the committed output.
+
+    With lookahead `scheduled` may run ahead of `tokens`: rows are planned whose tokens are known to the device alone.
+    """
 
     index: int  # row of the input, counted from 0
     choice: int  # 0 .. n-1 of the row
@@ -51,17 +64,24 @@ class Request:
     params: SamplingParams
     priority: int = 0  # smaller runs earlier
     prompt_len: int = field(init=False)
+    full_length: int = field(init=False)  # `scheduled` once its last token by max_tokens is planned, which has no row
+    plain_from: float = field(init=False)  # tokens from this position on are `params.plain`; inf: none
     # How far it has come; written by the scheduler alone.
     scheduled: int = 0  # tokens whose keys and values are computed or planned
-    in_flight: int = 0  # plans in the ring that hold this request
+    in_flight: int = 0  # plans that hold this request and aren't committed
     seat: int = -1  # row of the block table while running, else -1
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # content hash of each full block of tokens[:scheduled]
+    num_registered: int = 0  # its first blocks that others may share
     cached: int = 0  # prompt tokens found in the prefix cache at the last admission
+    retired: bool = False  # gets no more rows
+    finished: bool = False  # its last token is committed; rows still in flight give it none
     finish_reason: str | None = None  # known to the leader alone
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)
+        self.full_length = self.prompt_len + self.params.max_tokens - 1
+        self.plain_from = self.prompt_len + self.params.min_tokens if self.params.plain else math.inf
 
     @property
     def output(self) -> Sequence[int]:
@@ -71,3 +91,8 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_known(self) -> int:
+        """The first tokens that are committed and have their keys and values computed or planned."""
+        return min(self.scheduled, len(self.tokens))

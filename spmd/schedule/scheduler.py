@@ -8,8 +8,13 @@ A request is in one of these places:
 
     waiting     no seat, no blocks (new, or preempted)
     prefilling  seated; some of its prompt isn't planned yet, earlier chunks may be in flight
-    ready       seated, not in flight, its next token can be computed; least recently run first
-    in flight   in one plan (prompt chunks: several) whose outcome hasn't come back
+    in a slot   seated; in one of the last N plans (prompt chunks: several), its next token can't be computed yet
+    ready       seated; its next token can be computed; least recently run first
+    retired     seated; gets no more rows, but has some in flight
+
+A plan of N ticks ago *matures*: its slot is used again, and its tokens are on the first stage's device. `commit` brings
+them to the host up to `lookahead` ticks later. Until then its requests are *in flight* and keep seat and blocks,
+wherever they are. Rows planned for a request before its end was known are ghosts: they give no token.
 """
 
 from bisect import insort
@@ -38,11 +43,13 @@ class Limits:
     max_num_seqs: int
     max_num_batched_tokens: int
     decode_rows: int  # B: decode rows of one plan
-    slots: int  # N: micro-batches in flight
+    slots: int  # N: micro-batches in the ring
+    lookahead: int = 0  # plans in flight beyond these
     balanced: bool = True  # share the decodes equally among the slots
     exclusive: bool = False  # a plan is all prefill or all decode
     prefill_batch: int = 1
     prefill_spread: int = 0
+    prefill_min: int = 1
     by_priority: bool = False
     decode_buckets: tuple[int, ...] = ()
 
@@ -55,7 +62,8 @@ class Scheduler:
         self.waiting: list[Request] = []  # by order of admission
         self.prefilling: list[Request] = []  # likewise
         self.ready: deque[Request] = deque()
-        self.num_decoding = 0  # seated requests whose whole prompt is planned
+        self.num_decoding = 0  # seated requests whose whole prompt is planned, but for the retired
+        self._ring: deque[Plan] = deque()  # the last N plans, oldest first
         self._free_seats = list(range(limits.max_num_seqs - 1, -1, -1))
         self._row_counts = sorted({*limits.decode_buckets, limits.decode_rows})
 
@@ -65,7 +73,7 @@ class Scheduler:
 
     @property
     def num_requests(self) -> int:
-        """Requests added and not finished."""
+        """Requests waiting or seated."""
         return self.num_running + len(self.waiting)
 
     def add(self, request: Request) -> None:
@@ -76,6 +84,8 @@ class Scheduler:
 
     def schedule(self, tick: int) -> Plan:
         """The plan of this tick; empty if nothing can run. Its requests are in flight until `commit`."""
+        if len(self._ring) == self.limits.slots:
+            self._mature(self._ring.popleft())
         plan = Plan(tick)
         if not self.limits.exclusive:
             self._plan_decodes(plan)
@@ -84,23 +94,42 @@ class Scheduler:
             self._plan_prompts(plan)
             if not plan.requests:
                 self._plan_decodes(plan)
-        return self._finalised(plan)
+        self._finalise(plan)
+        self._ring.append(plan)
+        return plan
+
+    def _mature(self, plan: Plan) -> None:
+        """Let the requests go on that got a token from a plan of N ticks ago, unless it is the last they may have."""
+        for request in plan.sampled:
+            if request.scheduled >= request.full_length:
+                self._retire(request)
+            elif not request.retired:
+                self.ready.append(request)
+
+    def _retire(self, request: Request) -> None:
+        if not request.retired:
+            request.retired = True
+            self.num_decoding -= 1
+            if request in self.ready:
+                self.ready.remove(request)
 
     def _plan_decodes(self, plan: Plan) -> None:
         """Choose ready requests, least recently run first; preempt where the pool is empty."""
         chosen: list[Request] = []
         passed_over: list[Request] = []
-        cap = self._decode_cap()
+        cap, size = self._decode_cap(), self.pool.block_size
         while self.ready and len(chosen) < cap:
             request = self.ready.popleft()
-            if self._has_block(request, chosen, passed_over, plan):
+            has_place = request.scheduled < len(request.blocks) * size
+            if has_place or self._take_block(request, chosen, passed_over, plan):
                 chosen.append(request)
             elif request.seat >= 0:
                 passed_over.append(request)
         self.ready.extendleft(reversed(passed_over))
+        plan.add_decodes(chosen)
         for request in chosen:
-            self._add(plan, request, 1)
-        plan.num_decodes = len(chosen)
+            if request.scheduled % size == 0:
+                self._register(request)
 
     def _decode_cap(self) -> int:
         """Rows for this slot: an equal share of all decodes, so that 8 requests in 2 slots run 4/4 and not 8/0."""
@@ -108,11 +137,8 @@ class Scheduler:
             return self.limits.decode_rows
         return min(self.limits.decode_rows, -(-self.num_decoding // self.limits.slots))
 
-    def _has_block(self, request: Request, chosen: list[Request], passed_over: list[Request], plan: Plan) -> bool:
-        """Whether the next token of `request` has a place; takes a block where it starts one."""
-        index = request.scheduled // self.pool.block_size
-        if index < len(request.blocks):
-            return True
+    def _take_block(self, request: Request, chosen: list[Request], passed_over: list[Request], plan: Plan) -> bool:
+        """Take the block that the next token of `request` starts, if one is to be had."""
         while not self.pool.num_free:
             if (victim := self._victim(request, [*chosen, *passed_over])) is None:
                 return False
@@ -124,18 +150,18 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        request.blocks.append(self.pool.take())
-        plan.grown.append((request.seat, index, request.blocks[index]))
+        plan.grown.append((request.seat, len(request.blocks), block := self.pool.take()))
+        request.blocks.append(block)
         return True
 
     def _victim(self, request: Request, considered: list[Request]) -> Request | None:
         """Whom to preempt so that `request` can go on: the last in the order of admission that isn't in flight.
 
-        None: `request` itself would be the one, but others are in flight; let it wait for their commits first.
+        None: there is nobody behind `request`, but others are in flight; let it wait for their commits first.
         """
-        candidates = [request, *considered, *self.ready, *(r for r in self.prefilling if not r.in_flight)]
-        victim = max(candidates, key=self._order)
-        if victim is request and self.num_running > len(candidates):
+        candidates = [r for r in (request, *considered, *self.ready, *self.prefilling) if not r.in_flight]
+        victim = max(candidates, key=self._order, default=request)
+        if self._order(victim) <= self._order(request) and self.num_running > len(candidates):
             return None
         return victim
 
@@ -161,8 +187,8 @@ class Scheduler:
             if request is None:
                 break
             count = min(len(request.tokens) - request.scheduled, budget)
-            self._add(plan, request, count)
-            plan.num_prompt_tokens += count
+            plan.add_chunk(request, count)
+            self._register(request)
             if request.scheduled == len(request.tokens):
                 self.prefilling.remove(request)
                 self.num_decoding += 1
@@ -180,7 +206,8 @@ class Scheduler:
         seated = [*self.prefilling, *self.waiting[: len(self._free_seats)]]
         pending = sum(len(request.tokens) - request.scheduled for request in seated)
         size = self.pool.block_size
-        return max(1, -(-pending // (self.limits.prefill_spread * size))) * size
+        share = max(self.limits.prefill_min, pending // self.limits.prefill_spread)
+        return -(-share // size) * size
 
     def _admit(self, plan: Plan) -> Request | None:
         """Seat the first waiting request if all blocks of its prompt are to be had; it may not jump the queue."""
@@ -195,6 +222,7 @@ class Scheduler:
         self.pool.share(shared)
         request.blocks = shared + [self.pool.take() for _ in range(needed)]
         request.seat = self._free_seats.pop()
+        request.num_registered = len(shared)
         request.scheduled = request.cached = len(shared) * self.pool.block_size
         plan.grown.extend((request.seat, index, block) for index, block in enumerate(request.blocks))
         self.prefilling.append(request)
@@ -216,13 +244,14 @@ class Scheduler:
             parent = request.hashes[-1] if request.hashes else b""
             request.hashes.append(hash_block(parent, request.tokens[index * size : (index + 1) * size]))
 
-    def _finalised(self, plan: Plan) -> Plan:
+    def _finalise(self, plan: Plan) -> None:
         """Decide the padding and who is sampled."""
         plan.padded_decodes = plan.num_decodes
         if plan.num_decodes and not plan.num_prompt_tokens:
             plan.padded_decodes = next(rows for rows in self._row_counts if rows >= plan.num_decodes)
         plan.sampled = plan.requests[: plan.num_decodes]
         plan.sample_rows = list(range(plan.num_decodes))
+        plan.sample_positions = [start + 1 for start in plan.starts[: plan.num_decodes]]
         row = plan.padded_decodes
         for index in range(plan.num_decodes, len(plan.requests)):
             request = plan.requests[index]
@@ -230,59 +259,69 @@ class Scheduler:
             if plan.starts[index] + plan.counts[index] == len(request.tokens):
                 plan.sampled.append(request)
                 plan.sample_rows.append(row - 1)
-        return plan
+                plan.sample_positions.append(len(request.tokens))
 
-    def _add(self, plan: Plan, request: Request, count: int) -> None:
-        """Put tokens into a plan for good, and let others share the blocks they fill.
+    def _register(self, request: Request) -> None:
+        """Let others share the blocks that are full by now.
 
         The content will be there in time: every stage runs plans in order, and writes a plan's keys and values before
         it reads them.
         """
-        first = request.scheduled // self.pool.block_size
-        plan.add(request, count)
-        full = request.scheduled // self.pool.block_size
-        if self.pool.caching and full > first:
+        full = request.num_known // self.pool.block_size
+        if self.pool.caching and full > request.num_registered:
             self._extend_hashes(request, full)
-            for index in range(first, full):
+            for index in range(request.num_registered, full):
                 self.pool.register(request.blocks[index], request.hashes[index])
+            request.num_registered = full
 
     # -- commit --------------------------------------------------------------------------------------------------
 
     def commit(self, plan: Plan, tokens: Sequence[int], finished: Sequence[bool]) -> list[Request]:
-        """Take back a plan with one token and one verdict for each of `plan.sampled`; returns the finished requests."""
+        """Take back the oldest plan in flight, with one token and one verdict for each of `plan.sampled`.
+
+        Returns:
+            The requests that finish with it. What is said of one that finished earlier is passed over.
+        """
         for request in plan.requests:
             request.in_flight -= 1
-        done = []
+        done, size = [], self.pool.block_size
         for request, token, ends in zip(plan.sampled, tokens, finished, strict=True):
-            request.tokens.append(token)
-            if ends:
-                self.num_decoding -= 1
+            if not request.finished:
+                request.tokens.append(token)
+                if len(request.tokens) % size == 0:
+                    self._register(request)
+                if ends:
+                    request.finished = True
+                    self._retire(request)
+                    done.append(request)
+            if request.finished and not request.in_flight:
                 self._unseat(request)
-                done.append(request)
-            else:
-                self.ready.append(request)
         return done
 
     def _unseat(self, request: Request) -> None:
         assert request.in_flight == 0, "a request in flight keeps its blocks"
         self.pool.release(request.blocks)
         self._free_seats.append(request.seat)
-        request.blocks, request.seat, request.scheduled = [], -1, 0
+        request.blocks, request.seat, request.scheduled, request.num_registered = [], -1, 0, 0
 
     def _order(self, request: Request) -> tuple[int, int, int]:
         return (request.priority if self.limits.by_priority else 0, request.index, request.choice)
 
     # -- invariants ----------------------------------------------------------------------------------------------
 
-    def check(self, ring: Sequence[Plan]) -> None:
+    def check(self, in_flight: Sequence[Plan]) -> None:
         """Assert that every request is in one place and every block is accounted for, given the plans in flight."""
-        flying = {id(r): r for plan in ring for r in plan.requests}
+        flying = {id(r): r for plan in in_flight for r in plan.requests}
         seated = {id(r): r for r in [*flying.values(), *self.prefilling, *self.ready]}
         for request in seated.values():
-            assert request.in_flight == sum(request in plan.requests for plan in ring)
+            assert request.in_flight == sum(request in plan.requests for plan in in_flight)
             assert request.seat >= 0 and request not in self.waiting
             assert len(request.blocks) * self.pool.block_size >= request.scheduled
-        assert not any(request.in_flight for request in self.ready)
+            assert not request.retired or (request.in_flight and request not in self.ready)
+            assert request.retired or not request.finished
+        assert not any(request in plan.requests for plan in self._ring for request in self.ready)
+        assert self.limits.lookahead or not any(request.in_flight for request in self.ready)
         assert len({r.seat for r in seated.values()}) == len(seated) == self.num_running
-        assert self.num_decoding == self.num_running - len(self.prefilling)
+        retired = sum(request.retired for request in seated.values())
+        assert self.num_decoding == self.num_running - len(self.prefilling) - retired
         self.pool.check([request.blocks for request in seated.values()])

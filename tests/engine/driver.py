@@ -75,7 +75,7 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = ()) -> Report:
     topology = Topology(t.dp, t.pp, t.tp, rank)
     worker = start(config, topology)
     logging.getLogger("spmd").handlers.clear()
-    vocab_size = worker.decoder.arch.vocab_size
+    vocab_size = worker.arch.vocab_size
     parser = RowParser(tokenizer(), {}, config.sampling, worker.max_model_len, worker.capacity, vocab_size)
     assert config.input is not None
     reader = Reader(config.input, parser, topology.dp_rank, topology.dp)

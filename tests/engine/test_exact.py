@@ -40,6 +40,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "priority": {"policy": "priority", "async_depth": 1},
     "spread": {"prefill_spread": 3},
     "blocks_of_one": {"block_size": 1},
+    "lookahead": {"lookahead": 1},
+    "lookahead2": {"lookahead": 2},
+    "lookahead_deep": {"lookahead": 1, "async_depth": 1},
+    "lookahead_exclusive": {"lookahead": 1, "prefill": "exclusive", "max_num_batched_tokens": 8},
+    "lookahead_preempting": {"lookahead": 1, "num_blocks": TINY_POOL},
+    "lookahead_uncached": {"lookahead": 2, "num_blocks": TINY_POOL, "prefix_caching": False, "async_depth": 1},
+    "lookahead_priority": {"lookahead": 1, "policy": "priority", "decode_buckets": [1]},
 }
 
 
@@ -81,6 +88,7 @@ def mixtures(number: int, seed: int = 0) -> list[tuple[str, str, dict[str, Any]]
             rng.choice([name for name in TOPOLOGIES if name != "single"]),
             {
                 "async_depth": rng.randrange(3),
+                "lookahead": rng.randrange(3),
                 "prefill": rng.choice(["mixed", "exclusive"]),
                 "prefill_batch": rng.randint(1, 3),
                 "prefill_spread": rng.choice([0, 2]),

@@ -155,7 +155,7 @@ def test_pitfall_11_equal_plans_whoever_is_late(
 
 def drive_poor(rank: int, config: Config, rooms: list[int]) -> Report:
     """A rank whose memory is `rooms[rank]` bytes."""
-    with patch("spmd.build.CPU_CACHE_BYTES", rooms[rank]):
+    with patch("spmd.model.build.CPU_CACHE_BYTES", rooms[rank]):
         return drive(rank, config)
 
 
@@ -166,7 +166,7 @@ def test_pitfall_12_the_poorest_rank_decides_the_number_of_blocks(
     stages = [len(stage) for stage in split_layers(7, 3)]
     rooms = [40 * BYTES_PER_LAYER * stage for stage in stages]
     rooms[poor] = 25 * BYTES_PER_LAYER * stages[poor] + 1
-    config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 3, 1))
+    config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 3, 1), stages)
     reports = run(ranks, config, drive_poor, rooms)
     assert [report.num_blocks for report in reports] == [25] * 3
     assert answers(reports) == qwen3.answers

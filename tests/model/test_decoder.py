@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spmd.model.architecture import read_architecture
+from spmd.model.backend import TorchBackend
 from spmd.model.batch import Batch, Span
 from spmd.model.checkpoint import load
 from spmd.model.decoder import Decoder
@@ -53,34 +54,33 @@ class Pipeline:
             Decoder(arch, layers, layers.start == 0, layers.stop == arch.num_layers, tp) for layers in ranges
         ]
         size = self.stages[0].tp.size
-        self.caches = [KVCache(arch, len(layers), 64, BLOCK, size) for layers in ranges]
+        caches = [KVCache(arch, len(layers), 64, BLOCK, size) for layers in ranges]
+        self.backends = [TorchBackend(arch, *parts, size) for parts in zip(ranges, caches, strict=True)]
         for stage in self.stages:
             load(stage, path)
         scattered = torch.randperm(63, generator=torch.Generator().manual_seed(1)) + 1
-        self.tables = scattered[:60].view(4, 15)
+        self.tables = torch.cat([scattered[:60].view(4, 15), torch.zeros(1, 15, dtype=torch.long)])
 
     def run(
         self, chunks: list[tuple[int, int, Tensor]], decodes: Sequence[tuple[int, int, int]] = (), pad: int = 0
     ) -> Tensor | None:
         """Logits of decodes (request, position, token), then of prompt chunks (request, start, tokens)."""
-        tokens = [torch.tensor([*(token for _, _, token in decodes), *[0] * pad], dtype=torch.long)]
-        positions = [torch.tensor([*(position for _, position, _ in decodes), *[0] * pad], dtype=torch.long)]
-        rows, spans = len(decodes) + pad, []
-        tables = torch.zeros(rows, 15, dtype=torch.long)
-        tables[: len(decodes)] = self.tables[[request for request, _, _ in decodes]]
-        slots = [tables.gather(1, positions[0][:, None] // BLOCK)[:, 0] * BLOCK + positions[0] % BLOCK]
+        padded = [*decodes, *[(len(self.tables) - 1, 0, 0)] * pad]
+        seats, positions, tokens = [torch.tensor(column, dtype=torch.long) for column in zip(*padded, strict=True)] or [
+            torch.zeros(0, dtype=torch.long)
+        ] * 3
+        spans, longest = [], max((position for _, position, _ in padded), default=0)
         for request, start, chunk in chunks:
-            stop = start + len(chunk)
-            spans.append(Span(sum(map(len, tokens)), len(chunk), stop, self.tables[request, : -(-stop // BLOCK)]))
-            tokens.append(chunk)
-            positions.append(torch.arange(start, stop))
-            slots.append(self.tables[request, positions[-1] // BLOCK] * BLOCK + positions[-1] % BLOCK)
-        sampled = torch.tensor([*range(len(decodes)), *range(rows, sum(map(len, tokens)))])
-        batch = Batch(torch.cat(positions), torch.cat(slots), sampled, rows, tables, positions[0] + 1, spans)
-        x = torch.cat(tokens)
-        for stage, kv in zip(self.stages, self.caches, strict=True):
-            x = stage(x, batch, kv)
-        return x
+            spans.append(Span(len(tokens), len(chunk), start + len(chunk), request))
+            tokens = torch.cat([tokens, chunk])
+            positions = torch.cat([positions, torch.arange(start, start + len(chunk))])
+            seats = torch.cat([seats, torch.full_like(chunk, request)])
+        sampled = torch.tensor([*range(len(decodes)), *range(len(padded), len(tokens))])
+        batch = Batch(positions, seats, self.tables, len(padded), longest // BLOCK + 1, spans, sampled)
+        x = tokens
+        for stage, backend in zip(self.stages, self.backends, strict=True):
+            x = stage(x, batch, backend)
+        return stage.lm_head.gather(x)
 
 
 @cache
@@ -161,8 +161,8 @@ def test_batch_that_samples_nothing(tmp_path: Path) -> None:
     pipeline = Pipeline(write_checkpoint(tmp_path, "LlamaForCausalLM"), dtype="bfloat16")
     pipeline.stages[0].pack(8)
     null, none = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    batch = Batch(null, null, none, 1, null[None], null + 1, [])
-    assert pipeline.stages[0](null, batch, pipeline.caches[0]).shape == (0, 128)
+    batch = Batch(null, null + len(pipeline.tables) - 1, pipeline.tables, 1, 1, [], none)
+    assert pipeline.stages[0](null, batch, pipeline.backends[0]).shape == (0, 128)
 
 
 def tensor_parallel_rank(rank: int, folder: str, paths: list[str]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampling import VARIED, VOCAB, here, logits, request, sample
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -13,24 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from spmd.model.sampler import Sampler, uniform
+from spmd.model.sampler import Sampler, plain_greedy, uniform
 from spmd.schedule.request import Request, SamplingParams
-
-VOCAB = 50
-
-
-def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
-    return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
-
-
-def request(prompt: list[int] | None = None, output: list[int] | None = None, **params) -> Request:
-    made = Request(0, 0, list(prompt or [1, 2, 3]), SamplingParams(**params))
-    made.tokens += output or []
-    return made
-
-
-def sample(scores: torch.Tensor, requests: list[Request]) -> list[int]:
-    return Sampler(scores.shape[1], "cpu").sample(scores, requests).token_ids.tolist()
 
 
 def draws(row: torch.Tensor, count: int, **params) -> Counter[int]:
@@ -109,20 +94,13 @@ def test_position_counts_prompt_and_output_alike() -> None:
         assert sample(row, [split]) == sample(row, [whole])
 
 
-VARIED = [
-    {"temperature": 0.0},
-    {"temperature": 0.8, "stream": 1},
-    {"top_k": 3, "stream": 2},
-    {"top_p": 0.5, "stream": 3},
-    {"min_p": 0.2, "stream": 4, "logprobs": 2},
-    {"top_k": 20, "top_p": 0.9, "temperature": 0.7, "stream": 5},
-    {"repetition_penalty": 1.3, "stream": 6},
-    {"temperature": 0.0, "frequency_penalty": 1.5, "presence_penalty": 0.5},
-    {"min_tokens": 5, "eos_token_ids": (7,), "stream": 7},
-    {"temperature": 0.0, "logit_bias": ((3, 100.0),)},
-    {"top_p": 0.99, "stream": 8},
-    {"temperature": 1e-9, "stream": 9},
-]
+def test_the_position_alone_says_how_far_a_request_is() -> None:
+    """Tokens that are sampled but not committed yet make no difference to the draw."""
+    row = logits(1) / 3
+    for stream in range(20):
+        committed, lagging = request([1, 2, 3], [4, 5], stream=stream), request([1, 2, 3], stream=stream)
+        assert sample(row, [lagging], [5]) == sample(row, [committed])
+    assert len({sample(row, [lagging], [position])[0] for position in range(3, 40)}) > 5
 
 
 def test_a_sample_depends_on_its_own_row_alone() -> None:
@@ -141,12 +119,38 @@ def test_greedy_is_argmax_and_the_logits_stay_as_they_were() -> None:
     scores = logits(12)
     before = scores.clone()
     greedy = [request(temperature=0.0, stream=i) for i in range(12)]
-    sampled = Sampler(VOCAB, "cpu").sample(scores, greedy)
+    sampled = Sampler(VOCAB, "cpu").sample(scores, greedy, here(greedy))
     assert sampled.token_ids.equal(scores.argmax(-1))
     assert sampled.token_ids.dtype == torch.int64
-    assert sampled.logprobs is None
+    assert sampled.fetch() == (scores.argmax(-1).tolist(), None)
     sample(scores, [request(**params) for params in VARIED])
     assert scores.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_sampled_as_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+    narrow = logits(len(VARIED), vocab=2_000).to(dtype)
+    before = narrow.clone()
+    for made in ([request(**params) for params in VARIED], [request(temperature=0.0) for _ in VARIED]):
+        wide = Sampler(2_000, "cpu").sample(narrow.float(), made, here(made)).fetch()
+        assert Sampler(2_000, "cpu").sample(narrow, made, here(made)).fetch() == wide
+    assert narrow.equal(before)
+
+
+def test_plain_greedy_is_argmax_of_the_raw_logits_and_nothing_else() -> None:
+    plain = [request(temperature=0.0), request([1], temperature=0.0, min_tokens=2, eos_token_ids=(7,), top_p=0.5)]
+    assert plain_greedy(plain, [3, 3])
+    assert plain_greedy([], [])
+    assert not plain_greedy(plain, [3, 2])  # held open
+    for more in (
+        {"logprobs": 0},
+        {"logit_bias": ((3, 1.0),)},
+        {"repetition_penalty": 1.1},
+        {"frequency_penalty": 0.1},
+        {"presence_penalty": 0.1},
+        {"temperature": 0.5},
+    ):
+        assert not plain_greedy([*plain, request(**{"temperature": 0.0, **more})], [3, 3, 3])
 
 
 def test_a_temperature_next_to_zero_is_argmax() -> None:
@@ -163,6 +167,8 @@ def test_min_tokens_forbids_every_end_until_reached(temperature: float) -> None:
     assert sample(row, [request(output=[9], **ends)]) == [7]
     assert sample(row, [request(output=[9], ignore_eos=True, **ends)]) == [7]
     assert sample(row, [request(output=[9, 9], **ends)])[0] in (4, 5, 6)
+    assert sample(row, [request(**ends)], [4]) == [7]  # one sampled, not committed yet
+    assert sample(row, [request(**ends)], [5])[0] in (4, 5, 6)
 
 
 def test_min_tokens_outweighs_logit_bias() -> None:
@@ -180,52 +186,6 @@ def test_logit_bias_is_added_before_the_draw() -> None:
     assert_drawn_from(biased.softmax(-1)[0], draws(row, 4_000, logit_bias=bias))
 
 
-def penalised(row: list[float], made: Request) -> list[float]:
-    """OpenAI's formula for presence and frequency, CTRL's for repetition, one token at a time."""
-    params, scores = made.params, list(row)
-    for token in range(len(scores)):
-        if token in made.tokens:
-            factor = params.repetition_penalty
-            scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
-        times = list(made.output).count(token)
-        scores[token] -= params.frequency_penalty * times + params.presence_penalty * (times > 0)
-    return scores
-
-
-def test_penalties_follow_the_output_as_it_grows() -> None:
-    """Greedy decoding of many requests over many ticks, in changing company, against the plain formula."""
-    sampler = Sampler(VOCAB, "cpu")
-    kinds = [
-        {"repetition_penalty": 1.4},
-        {"frequency_penalty": 0.7},
-        {"presence_penalty": 1.1},
-        {"repetition_penalty": 0.8, "frequency_penalty": -0.3, "presence_penalty": 0.9},
-    ]
-    made = [request([i % 7, 5, 5], temperature=0.0, **kinds[i % 4]) for i in range(40)]
-    for tick in range(30):
-        present = [r for i, r in enumerate(made) if r.finish_reason is None and (i + tick) % 3]
-        scores = logits(len(present), tick) / 3
-        tokens = sampler.sample(scores, present).token_ids.tolist()
-        for row, each, token in zip(scores.tolist(), present, tokens, strict=True):
-            best = penalised(row, each)
-            assert best[token] == pytest.approx(max(best), abs=1e-5)
-            each.tokens.append(token)
-            if each.num_output == 12:
-                each.finish_reason = "length"
-    assert len(sampler.counts.table) <= 64
-
-
-def test_rows_of_finished_requests_are_used_again() -> None:
-    sampler = Sampler(VOCAB, "cpu")
-    for tick in range(50):
-        made = request([tick % VOCAB], [1, 1], temperature=0.0, presence_penalty=2.0)
-        scores = torch.zeros(1, VOCAB)
-        scores[0, [1, 2]] = torch.tensor([1.5, 1.0])
-        assert sampler.sample(scores, [made]).token_ids.tolist() == [2]
-        made.finish_reason = "stop"
-    assert len(sampler.counts.table) == 8
-
-
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     scores = logits(4)
     asked = [
@@ -234,19 +194,19 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         request(temperature=0.0, logprobs=0, repetition_penalty=1.5),
         request(top_k=2, logprobs=VOCAB + 1, stream=3),
     ]
-    sampled = Sampler(VOCAB, "cpu").sample(scores, asked)
-    assert sampled.logprobs is not None
+    tokens, answers = Sampler(VOCAB, "cpu").sample(scores, asked, here(asked)).fetch()
+    assert answers is not None
     raw = scores.log_softmax(-1)
-    assert sampled.logprobs[1] is None
+    assert answers[1] is None
     for i, k in ((0, 3), (2, 0), (3, VOCAB)):
-        answer, token = sampled.logprobs[i], int(sampled.token_ids[i])
+        answer, token = answers[i], tokens[i]
         assert answer is not None
         assert answer.logprob == pytest.approx(float(raw[i, token]))
         assert answer.rank == 1 + int((raw[i] > raw[i, token]).sum())
         best = raw[i].sort(descending=True)
         assert [token for token, _ in answer.top] == best.indices[:k].tolist()
         assert [value for _, value in answer.top] == pytest.approx(best.values[:k].tolist())
-    assert sampled.logprobs[0].rank == VOCAB  # the bias chose it, the raw logits say how unlikely it was
+    assert answers[0].rank == VOCAB  # the bias chose it, the raw logits say how unlikely it was
 
 
 def test_a_row_of_nans_stays_in_the_vocabulary_and_harms_no_other() -> None:
@@ -282,3 +242,49 @@ def test_requests_that_differ_by_their_stream_alone_draw_differently() -> None:
     params = SamplingParams()
     made = [Request(0, i, [1], replace(params, stream=i)) for i in range(64)]
     assert len(set(sample(torch.zeros(64, 10_000), made))) > 60
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_the_device_nothing_waits_and_the_tokens_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    """Three plans of the same requests are sampled before the first one is fetched."""
+    rows = [logits(len(VARIED), seed, vocab=2_000).to(dtype) for seed in range(3)]
+    expected, made = [], [request(**params) for params in VARIED]
+    on_cpu = Sampler(2_000, "cpu")
+    for lag, scores in enumerate(rows):
+        expected.append(on_cpu.sample(scores, made, [3 + lag] * len(made)).fetch())
+    on_device, made = Sampler(2_000, "cuda"), [request(**params) for params in VARIED]
+    there = [scores.cuda() for scores in rows]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampled = [on_device.sample(scores, made, [3 + lag] * len(made)) for lag, scores in enumerate(there)]
+        greedy = [on_device.sample(scores, made[:1], [3]) for scores in there]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for each, (tokens, logprobs) in zip(sampled, expected, strict=True):
+        assert each.token_ids.is_cuda
+        assert each.fetch()[0] == each.token_ids.tolist() == tokens
+        for got, wanted in zip(each.fetch()[1], logprobs, strict=True):
+            assert (got is None) == (wanted is None)
+            if got:
+                assert got.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+                assert [value for _, value in got.top] == pytest.approx([value for _, value in wanted.top], abs=1e-4)
+    assert [each.fetch()[0][0] for each in greedy] == [int(scores[0].argmax()) for scores in rows]
+
+
+@pytest.mark.gpu
+@cuda
+def test_fetch_waits_for_its_own_plan_and_not_for_later_work() -> None:
+    scores = logits(4).cuda()
+    made = [request(temperature=0.0, logprobs=1) for _ in range(4)]
+    sampler = Sampler(VOCAB, "cuda")
+    sampler.sample(scores, made, here(made)).fetch()  # takes pinned memory, for which CUDA may wait once
+    sampled = sampler.sample(scores, made, here(made))
+    torch.cuda._sleep(4_000_000_000)  # cycles: about two seconds
+    tokens, logprobs = sampled.fetch()
+    assert not torch.cuda.current_stream().query(), "fetch waited for the sleep"
+    assert tokens == scores.argmax(-1).tolist() and None not in logprobs

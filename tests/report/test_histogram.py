@@ -34,6 +34,12 @@ def test_merging_equals_counting_in_one_place() -> None:
     assert merged == filled(data)
 
 
+def test_a_repeated_duration_counts_as_often() -> None:
+    bulk = filled([0.5])
+    bulk.add(0.3, count=4)
+    assert bulk == filled([0.5, 0.3, 0.3, 0.3, 0.3])
+
+
 def test_empty_is_zero_and_durations_of_nothing_are_counted() -> None:
     assert Histogram().mean == Histogram().percentile(99) == 0.0
     assert filled([0.0, -1e-9]).count == 2

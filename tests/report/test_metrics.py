@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from spmd.report.metrics import Metrics, StageTime, merge
+from spmd.report.metrics import Clock, Metrics, StageTime, merge
 from spmd.schedule.request import Request, SamplingParams
 
 
@@ -16,20 +16,19 @@ def serve(metrics: list[Metrics]) -> None:
     clock = random.Random(0)
     for index in range(100):
         mine, asked, now = metrics[index % len(metrics)], request(index, prompt_len=1 + index), clock.random()
-        mine.arrived(asked, now)
+        watch = Clock(now)
         for _ in range(clock.randint(1, 20)):
             now += clock.random()
-            mine.token(asked, now)
-        mine.finished(asked, now)
+            mine.sampled([watch], now)
+        mine.finished(asked, watch, now)
         mine.rows_ok += 1
 
 
 def test_latencies_of_one_request() -> None:
-    metrics, asked = Metrics(), request(0)
-    metrics.arrived(asked, 10.0)
+    metrics, clock = Metrics(), Clock(10.0)
     for now in (10.5, 10.6, 10.9):
-        metrics.token(asked, now)
-    metrics.finished(asked, 11.0)
+        metrics.sampled([clock], now)
+    metrics.finished(request(0), clock, 11.0)
     assert metrics.ttft.mean == pytest.approx(0.5)
     assert metrics.itl.mean == pytest.approx(0.2)
     assert metrics.itl.percentile(100) == pytest.approx(0.3, rel=0.01)
@@ -39,21 +38,34 @@ def test_latencies_of_one_request() -> None:
 
 
 def test_one_token_has_no_time_per_token() -> None:
-    metrics, asked = Metrics(), request(0)
-    metrics.arrived(asked, 0.0)
-    metrics.token(asked, 1.0)
-    metrics.finished(asked, 1.0)
+    metrics, clock = Metrics(), Clock(0.0)
+    metrics.sampled([clock], 1.0)
+    metrics.finished(request(0), clock, 1.0)
     assert (metrics.ttft.count, metrics.itl.count, metrics.tpot.count) == (1, 0, 0)
 
 
 def test_a_prompt_counts_once_for_all_its_choices() -> None:
     metrics = Metrics()
     for choice in range(3):
-        asked = request(7, choice)
-        metrics.arrived(asked, 0.0)
-        metrics.token(asked, 1.0)
-        metrics.finished(asked, 1.0)
+        clock = Clock(0.0)
+        metrics.sampled([clock], 1.0)
+        metrics.finished(request(7, choice), clock, 1.0)
     assert (metrics.prompt_tokens, metrics.output_tokens) == (10, 3)
+
+
+def test_rows_of_one_plan_count_each_by_its_own_clock() -> None:
+    """Some had their last token from the same plan, one from another, one has none yet."""
+    clocks = [Clock(0.0), Clock(0.25), Clock(0.5), Clock(1.0)]
+    together, apart = Metrics(), Metrics()
+    for metrics in (together, apart):
+        mine = [Clock(clock.arrival) for clock in clocks]
+        for now, rows in ((2.0, mine[:2]), (2.5, mine[2:3]), (3.0, mine)):
+            for group in [rows] if metrics is together else [[clock] for clock in rows]:
+                metrics.sampled(group, now)
+    assert together == apart
+    assert (together.ttft.count, together.itl.count) == (4, 3)
+    assert together.itl.mean == pytest.approx(2.5 / 3)
+    assert together.ttft.mean == pytest.approx((2.0 + 1.75 + 2.0 + 2.0) / 4)
 
 
 def test_merge_equals_single() -> None:
@@ -77,5 +89,4 @@ def test_merge_sums_busy_time_by_stage_and_keeps_the_slowest_wall() -> None:
 def test_survives_the_trip_to_rank_zero() -> None:
     metrics = Metrics()
     serve([metrics])
-    metrics.arrived(request(1_000), 0.0)
     assert pickle.loads(pickle.dumps(metrics)) == metrics

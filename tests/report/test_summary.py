@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from spmd.report.metrics import Metrics
+from spmd.report.metrics import Clock, Metrics
 from spmd.report.summary import as_dict, json_line, table, write_json
 from spmd.schedule.request import Request, SamplingParams
 
@@ -11,11 +11,10 @@ from spmd.schedule.request import Request, SamplingParams
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics(rows_ok=1_500, rows_failed=42, preemptions=17, cache_hit_tokens=250, cache_queried_tokens=1_000)
-    asked = Request(0, 0, [1] * 3_000, SamplingParams())
-    metrics.arrived(asked, 0.0)
+    clock = Clock(0.0)
     for now in (2.0, 2.5, 3.0):
-        metrics.token(asked, now)
-    metrics.finished(asked, 3.0)
+        metrics.sampled([clock], now)
+    metrics.finished(Request(0, 0, [1] * 3_000, SamplingParams()), clock, 3.0)
     metrics.stopped(stage=0, busy_seconds=9.0, wall_seconds=10.0, startup_seconds=4.0)
     metrics.stopped(stage=1, busy_seconds=7.5, wall_seconds=10.0, startup_seconds=4.0)
     return metrics

@@ -29,9 +29,15 @@ def make_scheduler(
     return Scheduler(sizes, BlockPool(num_blocks, block_size, caching))
 
 
-def make_request(index: int, prompt: int | Sequence[int] = 3, max_tokens: int = 5, priority: int = 0) -> Request:
+def make_request(
+    index: int,
+    prompt: int | Sequence[int] = 3,
+    max_tokens: int = 5,
+    priority: int = 0,
+    stop: tuple[int, ...] = (),
+) -> Request:
     tokens = [(index * 31 + i * 7) % 97 for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
-    return Request(index, 0, tokens, SamplingParams(max_tokens=max_tokens), priority)
+    return Request(index, 0, tokens, SamplingParams(max_tokens=max_tokens, stop_token_ids=stop), priority)
 
 
 def next_token(request: Request) -> int:
@@ -39,8 +45,14 @@ def next_token(request: Request) -> int:
     return (sum(request.tokens) * 31 + len(request.tokens)) % 89
 
 
+def is_last(request: Request, token: int, position: int) -> bool:
+    """Whether a request ends with the token at a position."""
+    params = request.params
+    return token in params.stop_token_ids or position - request.prompt_len + 1 == params.max_tokens
+
+
 class Simulation:
-    """`tick()` commits the oldest plan of a full ring and schedules the next, as the engine does."""
+    """`tick()` commits the oldest plan in flight if there are enough and schedules the next, as the engine does."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -48,6 +60,7 @@ class Simulation:
         self.plans: list[Plan] = []
         self.rows: list[list[int]] = []  # request indices of the decode rows of each plan
         self.finished: list[Request] = []
+        self.ghosts = 0  # rows whose token came too late
 
     def add(self, requests: Iterable[Request]) -> "Simulation":
         pool = self.scheduler.pool
@@ -57,7 +70,8 @@ class Simulation:
         return self
 
     def tick(self) -> Plan:
-        if len(self.ring) == self.scheduler.limits.slots:
+        limits = self.scheduler.limits
+        if len(self.ring) == limits.slots + limits.lookahead:
             self.commit()
         plan = self.scheduler.schedule(len(self.plans))
         self.plans.append(plan)
@@ -68,8 +82,16 @@ class Simulation:
 
     def commit(self) -> None:
         plan = self.ring.popleft()
-        tokens = [next_token(request) for request in plan.sampled]
-        ends = [request.num_output + 1 == request.params.max_tokens for request in plan.sampled]
+        tokens, ends = [], []
+        for request, position in zip(plan.sampled, plan.sample_positions, strict=True):
+            if request.finished:
+                self.ghosts += 1
+                tokens.append(-1)
+                ends.append(position % 2 == 0)
+            else:
+                assert position == len(request.tokens)
+                tokens.append(next_token(request))
+                ends.append(is_last(request, tokens[-1], position))
         self.finished += self.scheduler.commit(plan, tokens, ends)
 
     def run(self, max_ticks: int = 5000) -> list[Request]:
@@ -88,6 +110,7 @@ class Simulation:
     def check(self, plan: Plan) -> None:
         limits = self.scheduler.limits
         self.scheduler.check(self.ring)
+        assert not any(request.retired for request in plan.requests)
         assert plan.num_decodes <= limits.decode_rows
         assert plan.num_decodes + plan.num_prompt_tokens <= limits.max_num_batched_tokens
         assert sum(plan.counts) == plan.num_decodes + plan.num_prompt_tokens
@@ -98,6 +121,16 @@ class Simulation:
 def expected_output(request: Request) -> list[int]:
     """What an undisturbed run gives."""
     twin = Request(request.index, 0, request.tokens[: request.prompt_len], request.params)
-    for _ in range(request.params.max_tokens):
+    while not twin.output or not is_last(twin, twin.tokens[-1], len(twin.tokens) - 1):
         twin.tokens.append(next_token(twin))
     return list(twin.output)
+
+
+def run_all(scheduler: Scheduler, requests: Sequence[Request]) -> Simulation:
+    """A simulation of these requests, after it has ended and each has got its tokens."""
+    simulation = Simulation(scheduler).add(requests)
+    finished = simulation.run()
+    assert sorted(r.index for r in finished) == sorted(r.index for r in requests)
+    for request in finished:
+        assert list(request.output) == expected_output(request), "ghost, lost or wrong token"
+    return simulation

@@ -3,16 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from simulation import Simulation, expected_output, make_request, make_scheduler
-
-
-def run_all(scheduler, requests):
-    simulation = Simulation(scheduler).add(requests)
-    finished = simulation.run()
-    assert sorted(r.index for r in finished) == sorted(r.index for r in requests)
-    for request in finished:
-        assert list(request.output) == expected_output(request), "ghost, lost or wrong token"
-    return simulation
+from simulation import Simulation, expected_output, make_request, make_scheduler, run_all
 
 
 def decode_only(simulation, first_tick=0):
@@ -120,12 +111,12 @@ def test_pitfall_5_full_prefix_hit_computes_the_last_token_alone(exclusive):
 
 
 @pytest.mark.parametrize("async_depth", [0, 1, 2])
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
-def test_pitfall_6_preempted_requests_give_the_same_tokens(async_depth, exclusive, caching):
-    scheduler = make_scheduler(
-        8, 2, async_depth, num_blocks=14, max_num_batched_tokens=16, exclusive=exclusive, caching=caching
-    )
+def test_pitfall_6_preempted_requests_give_the_same_tokens(async_depth, lookahead, exclusive, caching):
+    sizes = {"num_blocks": 14, "max_num_batched_tokens": 16, "exclusive": exclusive, "caching": caching}
+    scheduler = make_scheduler(8, 2, async_depth, lookahead=lookahead, **sizes)
     simulation = run_all(scheduler, [make_request(i, 3 + i % 5, 20 + i) for i in range(12)])
     assert scheduler.counters.preemptions > 0
     assert len(simulation.plans) < 2000
@@ -212,7 +203,7 @@ def test_prefix_is_shared_by_requests_of_one_plan():
     assert scheduler.counters.queried_tokens == 6 * 13
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(80))
 def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
     """Two copies fed alike plan alike, whatever the sizes; requests get exactly their tokens."""
     rng = random.Random(seed)
@@ -221,6 +212,7 @@ def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
         "max_num_seqs": rng.randint(pp, 20),
         "pp": pp,
         "async_depth": rng.randint(0, 2),
+        "lookahead": seed % 4,
         "num_blocks": rng.randint(14, 60),
         "block_size": rng.choice([1, 3, 4]),
         "max_num_batched_tokens": rng.randint(20, 40),
@@ -235,7 +227,8 @@ def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
     shape = []
     for i in range(50):
         prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, min(12, longest - 1)))]
-        shape.append((i, prompt, rng.randint(1, min(9, longest - len(prompt))), rng.randint(0, 2)))
+        stop = tuple(range(rng.choice([0, 0, 20])))
+        shape.append((i, prompt, rng.randint(1, min(9, longest - len(prompt))), rng.randint(0, 2), stop))
     copies = []
     for _ in range(2):
         simulation = run_all(make_scheduler(**sizes), [make_request(*args) for args in shape])

@@ -1,0 +1,103 @@
+"""The shortest time a workload can take, from the shapes of model and workload and the rates of one device.
+
+The model, per rank of a stage (1/tp of its weights, heads and cache; the slowest stage of the slowest replica counts,
+as stages and replicas run side by side):
+
+- Prefill is arithmetic: 2 operations a token and parameter that it uses, and attention's products. The head runs once a
+  prompt. Weights and cache read meanwhile are not counted.
+- Every request holds a seat from its first token to its last and gets one token a turn of the ring. So decode takes at
+  least as many turns as all output tokens fill seats, and at least as many as the longest output has tokens.
+- In a turn every stage runs pp micro-batches, each of which reads the stage's weights once: all but the embedding,
+  which is a lookup; of experts those that the rows of a micro-batch touch. Where so many rows make their products
+  slower than that read, the products count.
+- At every decode step a request's whole cache is read, as far as a layer's window goes.
+
+These times add up: kernels run one after the other. Not counted: activations, sampling, communication, the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spmd.bench.rates import Rates
+from spmd.config import Config
+from spmd.model.architecture import Architecture
+from spmd.model.cost import head_params, kv_bytes, layer_params, seen, touched_experts
+
+Rows = Sequence[tuple[int, int]]  # tokens of the prompt and of the output, row by row
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank has at least to do."""
+
+    weight_bytes: float  # read by all decode micro-batches together
+    cache_bytes: float  # read by decode
+    decode_flops: float  # products with weights
+    prefill_flops: float
+
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.cache_bytes
+
+    def seconds(self, rates: Rates) -> float:
+        decode = max(self.weight_bytes / rates.bandwidth, self.decode_flops / rates.flops)
+        return decode + self.cache_bytes / rates.bandwidth + self.prefill_flops / rates.flops
+
+
+def ranks_work(config: Config, arch: Architecture, stages: Sequence[range], rows: Rows) -> list[Work]:
+    """The work of one rank of every stage of every replica; rows are dealt out to the replicas in turn."""
+    dp, seats = config.topology.dp, config.scheduler.max_num_seqs
+    dealt = [rows[replica::dp] for replica in range(dp)]
+    return [_work(config, arch, stage, share, _turns(share, seats)) for share in dealt if share for stage in stages]
+
+
+def figures(work: Sequence[Work], rates: Rates | None, seconds: float, output_tokens: int) -> dict[str, Any]:
+    """What a run of `seconds` made of the device; without rates the floor is None.
+
+    `achieved_bandwidth` is of the rank that has most to read: bytes a second, of what it has to read at least.
+    """
+    floor = max(each.seconds(rates) for each in work) if rates else None
+    return {
+        "floor_output_throughput": output_tokens / floor if floor else None,
+        "floor_percent": 100 * floor / seconds if floor else None,
+        "achieved_bandwidth": max(each.bytes for each in work) / seconds,
+        "device_bandwidth": rates.bandwidth if rates else None,
+        "device_flops": rates.flops if rates else None,
+    }
+
+
+def lines(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The same for the table."""
+    read = f"{figures['achieved_bandwidth'] / 1e9:,.1f} GB/s"
+    if figures["floor_percent"] is None:
+        return [("read", read)]
+    return [
+        ("floor", f"{figures['floor_output_throughput']:,.1f} tok/s", f"{figures['floor_percent']:.1f} % reached"),
+        ("read", read, f"of {figures['device_bandwidth'] / 1e9:,.1f} GB/s"),
+    ]
+
+
+def _turns(rows: Rows, seats: int) -> float:
+    """Turns of the ring that decode takes; a request's first token comes from its prompt."""
+    decodes = [output - 1 for _, output in rows]
+    return max(sum(decodes) / seats, max(decodes))
+
+
+def _work(config: Config, arch: Architecture, stage: range, rows: Rows, turns: float) -> Work:
+    pp, tp = config.topology.pp, config.topology.tp
+    prompt, decoded = sum(tokens for tokens, _ in rows), sum(output - 1 for _, output in rows)
+    head = head_params(arch) if arch.num_layers - 1 in stage else 0
+    touched = touched_experts(arch, decoded / (turns * pp)) if turns else 0.0
+    read = sum(layer_params(arch, layer, touched) for layer in stage) + head
+    used = sum(layer_params(arch, layer, arch.experts_per_token) for layer in stage)
+    attention = 4 * arch.num_heads * arch.head_dim  # operations of one query with one key and value
+    windows = [arch.windows[layer] for layer in stage]
+    pairs = sum(seen(window, tokens) for window in windows for tokens, _ in rows)
+    context = sum(seen(w, tokens + output - 1) - seen(w, tokens) for w in windows for tokens, output in rows)
+    return Work(
+        weight_bytes=turns * pp * read * arch.dtype.itemsize / tp,
+        cache_bytes=context * kv_bytes(arch) / tp,
+        decode_flops=2 * decoded * (used + head) / tp,
+        prefill_flops=(2 * (prompt * used + len(rows) * head) + attention * pairs) / tp,
+    )

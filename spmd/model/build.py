@@ -1,0 +1,135 @@
+"""From a configuration to one rank's stage: weights loaded, KV cache sized, kernels compiled, graphs captured."""
+
+import math
+import socket
+
+import torch
+import torch.distributed as dist
+
+from spmd.config import Config, block_size, decode_buckets, decode_rows, lookahead, max_num_batched_tokens
+from spmd.model.architecture import Architecture
+from spmd.model.backend import TorchBackend
+from spmd.model.checkpoint import load
+from spmd.model.cost import head_cost
+from spmd.model.decoder import Decoder
+from spmd.model.forward import Forward
+from spmd.model.fused import FlashInferBackend, why_not
+from spmd.model.inputs import InputBuilder
+from spmd.model.kv_cache import KVCache
+from spmd.model.sampler import Sampler
+from spmd.model.stage import Stage
+from spmd.parallel.feedback import TokenFeedback
+from spmd.parallel.groups import Groups
+from spmd.parallel.hidden import HiddenChannel
+from spmd.parallel.symmetric import SymmetricBuffer
+from spmd.parallel.tensor import TensorParallel
+from spmd.topology import Topology, split_layers
+
+CPU_CACHE_BYTES = 4 * 2**30  # KV cache of a rank without a GPU, as vLLM's CPU default
+WIDEST_GRAPH = 2048  # tokens of a request; plain PyTorch's graphs read as many for each row, however short it is
+
+
+def stages(config: Config, arch: Architecture) -> list[range]:
+    """Layers of each stage: as `topology.layers` says, or by cost."""
+    t = config.topology
+    return split_layers(arch.num_layers, t.pp, t.layers, head_cost(arch, decode_rows(config)))
+
+
+def max_model_len(config: Config, arch: Architecture) -> int:
+    return config.model.max_model_len or arch.max_position_embeddings
+
+
+def load_decoder(
+    config: Config, arch: Architecture, topology: Topology, groups: Groups, device: torch.device
+) -> Decoder:
+    """This rank's layers with their weights.
+
+    Raises:
+        ValueError: the checkpoint lacks tensors or holds others.
+    """
+    layers = stages(config, arch)[topology.pp_rank]
+    tp = TensorParallel(topology.tp_rank, topology.tp, groups.tensor, _symmetric(arch, groups, device))
+    decoder = Decoder(arch, layers, topology.is_first_stage, topology.is_last_stage, tp, device)
+    assert config.model.path is not None
+    load(decoder, config.model.path, config.model.load_format, config.model.revision)
+    decoder.pack(decode_rows(config))
+    return decoder
+
+
+def _symmetric(arch: Architecture, groups: Groups, device: torch.device) -> SymmetricBuffer | None:
+    """Memory shared by the GPUs of a tensor group, if there is one and all of it is on this host."""
+    if groups.tensor is None or device.type != "cuda":
+        return None
+    hosts: list[str | None] = [None] * groups.tensor.size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=groups.tensor)
+    return SymmetricBuffer(groups.tensor, arch.dtype, device) if len(set(hosts)) == 1 else None
+
+
+def count_blocks(config: Config, arch: Architecture, topology: Topology, device: torch.device) -> int:
+    """KV blocks of a replica: what the poorest rank has room for, and no more than all seats can fill.
+
+    Raises:
+        ValueError: not even one block fits.
+    """
+    s, tokens = config.scheduler, block_size(config, device.type)
+    if s.num_blocks is not None:
+        return s.num_blocks
+    size = KVCache.bytes_per_block(arch, len(stages(config, arch)[topology.pp_rank]), topology.tp, tokens)
+    room = _cache_bytes(config, device)
+    usable = 1 + s.max_num_seqs * math.ceil(max_model_len(config, arch) / tokens)
+    blocks = torch.tensor(min(room // size, usable))
+    if topology.world_size > 1:
+        dist.all_reduce(blocks, dist.ReduceOp.MIN)
+    if blocks < 2:
+        raise ValueError(
+            f"no room for a KV cache: {room / 2**30:.2f} GiB are left, a block of {tokens} tokens takes "
+            f"{size / 2**20:.2f} MiB; use more stages or tensor ranks, or a higher scheduler.gpu_memory_utilization"
+        )
+    return int(blocks)
+
+
+def _cache_bytes(config: Config, device: torch.device) -> int:
+    if device.type == "cpu":
+        return CPU_CACHE_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(total * config.scheduler.gpu_memory_utilization) - (total - free))
+
+
+def use_flashinfer(config: Config, arch: Architecture, device: torch.device) -> bool:
+    """Whether FlashInfer computes what is no matrix product.
+
+    Raises:
+        ValueError: model.attention_backend=flashinfer asks for what can't be.
+    """
+    chosen, reason = config.model.attention_backend, why_not(arch, block_size(config, device.type), device)
+    if chosen == "flashinfer" and reason:
+        raise ValueError(f"model.attention_backend=flashinfer: {reason}; use model.attention_backend=auto")
+    return chosen != "torch" and reason is None
+
+
+def build_stage(
+    config: Config, decoder: Decoder, num_blocks: int, topology: Topology, groups: Groups, device: torch.device
+) -> Stage:
+    """This rank's share of every tick."""
+    s, arch, tokens = config.scheduler, decoder.arch, block_size(config, device.type)
+    longest = min(max_model_len(config, arch), (num_blocks - 1) * tokens)
+    cache = KVCache(arch, len(decoder.range), num_blocks, tokens, topology.tp, device)
+    rows = max_num_batched_tokens(config, device.type)
+    inputs = InputBuilder(s.max_num_seqs, math.ceil(longest / tokens), rows, tokens, device)
+    slots = topology.pp + s.async_depth
+    channel = feedback = None
+    if topology.pp > 1:
+        channel = HiddenChannel(topology, groups.hidden, arch.hidden_size, arch.dtype, device, slots)
+    if lookahead(config, device.type):
+        feedback = TokenFeedback(topology, groups.tokens, s.max_num_seqs, slots, device)
+    sampler = Sampler(arch.vocab_size, device) if topology.is_leader else None
+    flashinfer = use_flashinfer(config, arch, device)
+    backend = (FlashInferBackend if flashinfer else TorchBackend)(arch, decoder.range, cache, topology.tp)
+    stage = Stage(Forward(decoder, backend), inputs, channel, feedback, sampler)
+    if device.type == "cuda":
+        stage.warm_up(min(rows, longest))
+        by_turns = arch.num_experts and arch.dtype != torch.bfloat16  # the host must know how many tokens each gets
+        if not config.model.enforce_eager and not by_turns and (flashinfer or longest <= WIDEST_GRAPH):
+            for decodes in decode_buckets(config, device.type):
+                stage.forward.capture(decodes, inputs)
+    return stage

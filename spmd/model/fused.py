@@ -1,0 +1,151 @@
+"""The backend for GPUs: attention, norms and activation by FlashInfer, norm-rotation-append by a kernel of ours.
+
+Decode rows go through XQA, which reads block tables and lengths on the device: nothing about them is known to the
+host, so CUDA graphs can hold them. Prompt chunks go through a kernel that the host plans for (which thread block reads
+which part of the cache); FlashInfer picks FlashAttention 3 where the chip has it.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmd.model.architecture import Architecture
+from spmd.model.batch import Batch, Span
+from spmd.model.kv_cache import KVCache
+from spmd.model.norm import RMSNorm
+from spmd.model.rope import Rotary
+
+WORKSPACE_BYTES = 384 * 2**20  # partial results of attention over split key ranges
+HEAD_DIMS = (64, 128, 256)
+BLOCK_SIZES = (16, 32, 64, 128)
+CAPABILITY = (9, 0)  # XQA: Hopper and later
+
+
+def why_not(arch: Architecture, block_size: int, device: torch.device) -> str | None:
+    """What keeps this backend from running a model on a device; None if nothing does."""
+    if device.type != "cuda":
+        return f"it needs a GPU, the device is {device.type}"
+    if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        return f"it needs compute capability {CAPABILITY}, the device has {capability}"
+    if arch.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, the model is {arch.dtype}"
+    if arch.head_dim not in HEAD_DIMS:
+        return f"it takes heads of {HEAD_DIMS} dimensions, the model's have {arch.head_dim}"
+    if block_size not in BLOCK_SIZES:
+        return f"it takes blocks of {BLOCK_SIZES} tokens, scheduler.block_size is {block_size}"
+    if not find_spec("flashinfer"):
+        return "flashinfer is not installed: pip install 'spmd[cuda]'"
+    return None
+
+
+class FlashInferBackend:
+    """See `spmd.model.backend.Backend`."""
+
+    def __init__(self, arch: Architecture, layers: Sequence[int], cache: KVCache, tp: int = 1) -> None:
+        """`layers` are the stage's, `tp` the number of tensor-parallel ranks."""
+        from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
+
+        self.cache = cache
+        self.heads = arch.num_heads // tp
+        self.head_dim = arch.head_dim
+        self.windows = [arch.windows[layer] for layer in layers]
+        self.rotary = Rotary(arch.rope, arch.head_dim, self.device)
+        self.decode_scratch = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+        scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
+        self.prefill: dict[int | None, Any] = {
+            window: BatchPrefillWithPagedKVCacheWrapper(scratch, "HND") for window in set(self.windows)
+        }
+        self.planned = torch.cuda.Event()
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.keys.device
+
+    def prepare(self, batch: Batch) -> None:
+        if not batch.prefills:
+            return
+        self.planned.synchronize()  # FlashInfer's pinned memory is free once the last plan was copied
+        size, spans = self.cache.block_size, batch.prefills
+        starts = self._pinned([0, *accumulate(span.count for span in spans)])
+        ends = self._pinned([0, *accumulate(self._blocks(span) for span in spans)])
+        last_lens = self._pinned([(span.kv_len - 1) % size + 1 for span in spans])
+        blocks = torch.cat([batch.tables[span.seat, : self._blocks(span)] for span in spans])
+        for window, wrapper in self.prefill.items():
+            wrapper.plan(
+                starts,
+                ends,
+                blocks,
+                last_lens,
+                self.heads,
+                self.cache.kv_heads,
+                self.head_dim,
+                size,
+                causal=True,
+                window_left=-1 if window is None else window - 1,
+                q_data_type=self.cache.keys.dtype,
+                kv_data_type=self.cache.keys.dtype,
+            )
+        self.planned.record()
+
+    def begin(self, batch: Batch) -> None:
+        rows = batch.num_decodes
+        self.batch = batch
+        self.cos, self.sin = self.rotary.angles(batch.positions)
+        self.slots = batch.slots(self.cache.block_size)
+        self.decode_tables = batch.tables[batch.seats[:rows]]
+        self.decode_lens = (batch.positions[:rows] + 1).to(torch.uint32)
+
+    def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+
+        if residual is None:
+            return rmsnorm(x, norm.weight, norm.eps), x
+        if len(x):
+            fused_add_rmsnorm(x, residual, norm.weight, norm.eps)
+        return x, residual
+
+    def attend(self, layer: int, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
+        from spmd.model.kernels import norm_rope_append
+
+        keys, values, window = self.cache.keys[layer], self.cache.values[layer], self.windows[layer]
+        norms = (q_norm.weight, k_norm.weight) if q_norm and k_norm else None
+        eps = q_norm.eps if q_norm else 0.0
+        q = norm_rope_append(qkv, norms, eps, self.cos, self.sin, self.slots, keys, values)
+        output, rows = torch.empty_like(q), self.batch.num_decodes
+        if rows:
+            self._decode(q[:rows], keys, values, window, output[:rows])
+        if self.batch.prefills:
+            self.prefill[window].run(q[rows:], (keys, values), out=output[rows:])
+        return output.flatten(1)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        from flashinfer.activation import silu_and_mul
+
+        return silu_and_mul(gate_up)
+
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, output: Tensor) -> None:
+        from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+        xqa_batch_decode_with_kv_cache(
+            q,
+            (keys, values),
+            self.decode_scratch,
+            self.decode_tables,
+            self.decode_lens,
+            self.decode_tables.shape[1] * self.cache.block_size,
+            bmm1_scale=self.head_dim**-0.5,
+            window_left=-1 if window is None else window - 1,
+            out=output,
+            kv_layout="HND",
+        )
+
+    def _blocks(self, span: Span) -> int:
+        return -(-span.kv_len // self.cache.block_size)
+
+    @staticmethod
+    def _pinned(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, pin_memory=True)

@@ -1,0 +1,80 @@
+"""Commits that lag behind the ring, with the real engine; each test also checks every answer and every plan."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from unittest.mock import PropertyMock, patch
+
+import pytest
+from driver import Report, answers, configure, drive, run
+from oracle import LONGEST, Task
+from ranks import Ranks
+
+from spmd.config import Config
+from spmd.model.stage import Stage
+
+TOPOLOGIES = {"single": (1, 1, 1), "pp2": (1, 2, 1), "tp2": (1, 1, 2), "pp2tp2": (1, 2, 2)}
+
+
+@pytest.fixture
+def qwen3(task: Callable[[str], Task]) -> Task:
+    return task("qwen3")
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_only_stops_cost_rows_and_few(ranks: Ranks, qwen3: Task, tmp_path: Path, pp: int, lookahead: int) -> None:
+    reports = run(ranks, configure(qwen3.model, qwen3.input, str(tmp_path), (1, pp, 1), lookahead=lookahead))
+    found = answers(reports)
+    assert found == qwen3.answers
+    choices = [choice for answer in found.values() for choice in answer]
+    committed = sum(len(token_ids) for token_ids, _, _ in choices)
+    stopped = sum(reason == "stop" for _, reason, _ in choices)
+    wasted = sum(len(tick.sampled) for tick in reports[0].ticks) - committed
+    assert bool(lookahead) <= wasted <= stopped * -(-lookahead // pp)
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_one_stage_samples_a_row_at_every_tick(ranks: Ranks, qwen3: Task, tmp_path: Path, lookahead: int) -> None:
+    first = Path(qwen3.input).read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(first + "\n")
+    config = configure(qwen3.model, f"{tmp_path}/one.jsonl", str(tmp_path), (1, 1, 1), lookahead=lookahead)
+    (report,) = run(ranks, config)
+    assert report.answers == {"greedy-0": qwen3.answers["greedy-0"]}
+    busy = [number for number, tick in enumerate(report.ticks) if tick.sampled]
+    assert len(busy) == LONGEST and all(later - sooner == 1 for sooner, later in pairwise(busy))
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+@pytest.mark.parametrize("async_depth", [0, 1])
+def test_seats_change_hands_before_tokens_come_back(
+    ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int, lookahead: int
+) -> None:
+    sizes = {"max_num_seqs": 2, "async_depth": async_depth, "lookahead": lookahead}
+    assert answers(run(ranks, configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 1), **sizes))) == qwen3.answers
+
+
+@pytest.mark.parametrize(
+    "delays_ms", [(5.0, 0.0, 0.0, 0.0), (0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0,) * 4]
+)
+def test_equal_plans_whoever_is_late(ranks: Ranks, qwen3: Task, tmp_path: Path, delays_ms: tuple[float, ...]) -> None:
+    config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 2), lookahead=1, num_blocks=20)
+    reports = run(ranks, config, drive, delays_ms)
+    assert answers(reports) == qwen3.answers
+    assert len({tuple(tick.digest for tick in report.ticks) for report in reports}) == 1
+
+
+def drive_deferring(rank: int, config: Config, defer: int) -> Report:
+    """Leave samples where they are for `defer` ticks, as on a GPU."""
+    with patch.object(Stage, "defer", PropertyMock(return_value=defer)):
+        return drive(rank, config)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("defer", [1, 9])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_leader_may_hold_packets_back_until_they_are_taken(
+    ranks: Ranks, qwen3: Task, tmp_path: Path, topology: str, defer: int, lookahead: int
+) -> None:
+    config = configure(qwen3.model, qwen3.input, str(tmp_path), TOPOLOGIES[topology], lookahead=lookahead)
+    assert answers(run(ranks, config, drive_deferring, defer)) == qwen3.answers
