@@ -40,7 +40,7 @@ class SchedulerConfig:
     num_blocks: int | None = None  # KV blocks of a replica; null: from memory
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights and KV cache; activations take the rest
     async_depth: int = 0  # micro-batches in flight beyond pp
-    lookahead: int | None = None  # ticks a commit lags, so that plans needn't wait for tokens; null: 1 on GPUs, else 0
+    lookahead: int | None = None  # ticks a commit lags, so that plans needn't wait; null: 1 on GPUs or if pp > 1, or 0
     prefill: str = "mixed"  # mixed: chunks ride along with decodes; exclusive: a plan is all prefill or all decode
     prefill_batch: int = 1  # prompts of one exclusive prefill plan
     prefill_spread: int | None = None  # mixed: plans that waiting prompts are spread over; 0: one; null: 4 * pp, or 0
@@ -229,9 +229,9 @@ def decode_rows(config: Config) -> int:
 
 
 def lookahead(config: Config, device: str) -> int:
-    """Ticks a commit lags. A GPU must not wait for its host; a CPU has no host to wait for."""
+    """Ticks a commit lags: one where a GPU would wait for its host, or a first stage for the last one's packet."""
     chosen = config.scheduler.lookahead
-    return chosen if chosen is not None else int(device == "cuda")
+    return chosen if chosen is not None else int(device == "cuda" or config.topology.pp > 1)
 
 
 def decode_buckets(config: Config, device: str) -> list[int]:

@@ -53,7 +53,7 @@ def configure(
 ) -> Config:
     """A checked configuration; `topology` is (dp, pp, tp). Small seats, blocks and chunks unless told otherwise."""
     dp, pp, tp = topology
-    small = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 4}
+    small = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 4, "lookahead": 0}
     config = Config(
         model=ModelConfig(path=model),
         topology=TopologyConfig(dp, pp, tp, layers),
