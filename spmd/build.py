@@ -1,7 +1,7 @@
 """From a configuration to a rank that is loaded and ready, and from there to figures: what all mains share."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,16 +21,18 @@ from spmd.config import (
     prefill_spread,
 )
 from spmd.engine import Engine
-from spmd.io.rows import BadRow, Job
+from spmd.io.source import Source
 from spmd.leader import Leader
 from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.build import build_stage, count_blocks, load_decoder, max_model_len, stages, use_flashinfer
 from spmd.model.stage import Stage
 from spmd.parallel.groups import Groups, connect
+from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketWire
 from spmd.report.metrics import Metrics, merge
 from spmd.report.phases import Phases
 from spmd.runtime import choose_device, log, open_run_dir, together
+from spmd.schedule.balance import Balance, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.scheduler import Limits, Scheduler
 from spmd.topology import Topology
@@ -61,7 +63,7 @@ class Worker:
 
     def run(
         self,
-        source: Iterator[Job | BadRow],
+        source: Source,
         leader: Leader | None,
         watch: Callable[[Engine], None] | None = None,
     ) -> Metrics | None:
@@ -69,13 +71,22 @@ class Worker:
         t, metrics = self.topology, leader.metrics if leader else Metrics()
         packets = PacketWire(self.groups.packets, t.leader, t.is_leader, self.config.scheduler.max_num_seqs)
         scheduler = build_scheduler(self.config, self.num_blocks, self.device)
-        engine = Engine(scheduler, self.stage, packets, source, leader, watch)
+        balance = build_balance(self.config, t)
+        exchange = LoadExchange(self.groups.load, t.dp, balance.rules.lag) if self.groups.load else None
+        lockstep = self.groups.experts is not None
+        engine = Engine(scheduler, self.stage, packets, source, balance, leader, exchange, lockstep, watch)
         log.info("start-up: %s", self.phases)
         started, busy = perf_counter(), self.stage.clock.total()
         engine.run()
+        ended = perf_counter()
         busy = self.stage.clock.total() - busy
-        metrics.stopped(t.pp_rank, busy, perf_counter() - started, self.phases.total)
+        metrics.stopped(t.pp_rank, busy, ended - started, self.phases.total)
+        if exchange:
+            metrics.exchanges, metrics.exchange_seconds = exchange.count, exchange.seconds
+            metrics.mixed_ticks = balance.mixed_ticks
         if leader:
+            metrics.replicas, metrics.idle_seconds = 1, ended - max(started, engine.last_finish)
+            metrics.frozen_ticks = balance.gate.frozen_ticks
             counters = engine.scheduler.counters
             metrics.preemptions += counters.preemptions
             metrics.cache_hit_tokens += counters.cached_tokens
@@ -94,7 +105,7 @@ def start(config: Config, topology: Topology, check: Callable[[], None] | None =
     arch = model_shape(config, topology)
     device = choose_device(config)
     use_flashinfer(config, arch, device)
-    groups = connect(topology, device, lookahead(config, device.type) > 0)
+    groups = connect(topology, device, lookahead(config, device.type) > 0, config.topology.ep)
     run_dir = open_run_dir(config, topology)
     if check:
         together(topology, check)
@@ -129,7 +140,7 @@ def model_shape(config: Config, topology: Topology) -> Architecture:
         raise ValueError("model.path is not set: give a folder with config.json, or a Hub id")
     m = config.model
     arch = read_architecture(config.model.path, m.dtype, m.revision, m.overrides)
-    check_topology(arch, topology)
+    check_topology(arch, topology, config.topology.ep)
     stages(config, arch)
     if m.max_model_len and m.max_model_len > arch.max_position_embeddings:
         raise ValueError(
@@ -157,3 +168,21 @@ def build_scheduler(config: Config, num_blocks: int, device: torch.device) -> Sc
         decode_buckets=tuple(decode_buckets(config, device.type)),
     )
     return Scheduler(limits, BlockPool(num_blocks, block_size(config, device.type), s.prefix_caching))
+
+
+def build_balance(config: Config, topology: Topology) -> Balance:
+    """A replica's part in the balance of all."""
+    b, s = config.balance, config.scheduler
+    return Balance(
+        Rules(
+            max_num_seqs=s.max_num_seqs,
+            by_priority=s.policy == "priority",
+            dp=topology.dp,
+            dp_rank=topology.dp_rank,
+            share=b.share,
+            gate=b.gate if topology.dp > 1 else "off",
+            interval=b.interval,
+            patience=b.patience,
+            lag=0 if config.topology.ep else b.lag,  # replicas that share experts are never apart
+        )
+    )

@@ -30,6 +30,7 @@ class TopologyConfig:
     pp: int = 1
     tp: int = 1
     layers: list[int] | None = None  # layers of each stage; null: split so that the slowest stage is fastest
+    ep: bool = False  # each expert lies whole on one of its stage's dp * tp ranks; replicas then run in lockstep
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,17 @@ class SchedulerConfig:
     prefix_caching: bool = True
     decode_cap: bool = True  # at most max_num_seqs // pp decode rows in a plan; off only to measure what it brings
     decode_buckets: list[int] | None = None  # smaller row counts to pad decode batches to; null: on GPUs 8, 16, 32, ...
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Between replicas; at dp=1 nothing of this is in use."""
+
+    share: str = "dynamic"  # dynamic: a row goes to the replica with most room; static: rows are dealt out in turn
+    gate: str = "off"  # admit nobody while some replica has all seats taken (saturated) or all but one (near), or
+    interval: int = 2  # but at every so many ticks (interval); off: whenever there is a seat
+    patience: int = 64  # ticks for which a gate may hold somebody back
+    lag: int = 4  # ticks by which replicas may be apart, and by which what they know of each other is late
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
@@ -122,6 +135,8 @@ CHOICES = {
     "model.attention_backend": ("auto", "flashinfer", "torch"),
     "scheduler.prefill": ("mixed", "exclusive"),
     "scheduler.policy": ("fcfs", "priority"),
+    "balance.share": ("dynamic", "static"),
+    "balance.gate": ("off", "saturated", "near", "interval"),
     "resume": ("auto", "fresh"),
     "output_order": ("input", "completion"),
     "device": ("auto", "cpu", "cuda"),
@@ -140,6 +155,9 @@ AT_LEAST = {
     "scheduler.prefill_batch": 1,
     "scheduler.prefill_spread": 0,
     "scheduler.prefill_min": 1,
+    "balance.interval": 1,
+    "balance.patience": 1,
+    "balance.lag": 0,
     "model.max_model_len": 1,
     "workload.num_prompts": 1,
     "bench.bandwidth": 1,
@@ -193,6 +211,11 @@ def check(config: Config, world_size: int) -> None:
             f"scheduler.max_num_seqs={s.max_num_seqs} is less than topology.pp={t.pp}: a stage would never have a row "
             f"of its own; use scheduler.max_num_seqs >= {t.pp}"
         )
+    if config.balance.gate == "near" and s.max_num_seqs == 1:
+        raise ValueError(
+            "balance.gate=near with scheduler.max_num_seqs=1 would always hold back: a replica with nobody running has "
+            "all seats but one taken; use scheduler.max_num_seqs >= 2 or another gate"
+        )
     if (ticks := config.profile.ticks) is not None and not (len(ticks) == 2 and 0 <= ticks[0] < ticks[1]):
         raise ValueError(f"profile.ticks={ticks} must be null or two numbers [a, b] with 0 <= a < b")
     if not 0 < s.gpu_memory_utilization <= 1:
@@ -212,14 +235,16 @@ def check(config: Config, world_size: int) -> None:
 
 def warnings(config: Config) -> list[str]:
     """What is allowed but rarely meant."""
-    t, s = config.topology, config.scheduler
+    t, s, told = config.topology, config.scheduler, []
+    if t.dp == 1 and config.balance.gate != "off":
+        told.append(f"balance.gate={config.balance.gate} does nothing with topology.dp=1: there is nobody to wait for")
     if s.decode_cap and s.max_num_seqs % t.pp and s.async_depth == 0:
         used = s.max_num_seqs // t.pp * t.pp
-        return [
+        told.append(
             f"scheduler.max_num_seqs={s.max_num_seqs} is no multiple of topology.pp={t.pp}: "
             f"at most {used} requests decode at once; {used} or {used + t.pp} wastes no seat"
-        ]
-    return []
+        )
+    return told
 
 
 def decode_rows(config: Config) -> int:

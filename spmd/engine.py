@@ -1,46 +1,67 @@
-"""The loop every rank runs, tick by tick: commit, feed, schedule, run, return.
+"""The loop every rank runs, tick by tick: commit, control, feed, schedule, run, return.
 
 Nothing here asks another rank what to do. Plans are equal on all ranks of a replica because the schedulers are, and
-they stay so because the only news, sampled tokens and which requests ended, arrive in one packet a tick.
+they stay so because the only news, sampled tokens and which requests ended, arrive in one packet a tick. Replicas
+tell each other their loads, and from equal loads all ranks draw equal conclusions.
 """
 
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
+from time import perf_counter
+from zlib import crc32
 
-from spmd.io.rows import BadRow, Job
+from spmd.io.rows import Job
+from spmd.io.source import Skipped, Source
 from spmd.leader import Leader
 from spmd.model.sampler import Sampled
 from spmd.model.stage import Stage
+from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketWire
+from spmd.schedule.balance import EXHAUSTED, Balance, Load
 from spmd.schedule.plan import Plan
 from spmd.schedule.scheduler import Scheduler
 
 
 class Engine:
-    """One rank of a replica. `source` yields the same rows on all of them; `leader` is None on all but one."""
+    """One rank of a replica. `source` is the same list of rows on every rank of every replica."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         stage: Stage,
         packets: PacketWire,
-        source: Iterator[Job | BadRow],
+        source: Source,
+        balance: Balance,
         leader: Leader | None,
+        exchange: LoadExchange | None = None,
+        lockstep: bool = False,
         watch: Callable[["Engine"], None] | None = None,
     ) -> None:
-        """`watch` is called after every tick: progress, traces, tests."""
+        """`leader` is None on all ranks of a replica but one, `exchange` where there is one replica.
+
+        `lockstep`: replicas share experts, so each tick they agree on the rows of a forward before it; the exchange
+        must have no lag. `watch` is called after every tick: progress, traces, tests.
+        """
         self.scheduler = scheduler
         self.stage = stage
         self.packets = packets
         self.source = source
+        self.balance = balance
         self.leader = leader
+        self.exchange = exchange
+        self.lockstep = lockstep
+        self.told: list[Load] | None = None  # in lockstep, what was told in the last tick
         self.watch = watch
         self.ring: deque[Plan] = deque()  # plans in flight, oldest first
         self.unjudged: deque[tuple[Plan, Sampled | None]] = deque()  # the latest of these; on the leader alone
         self.exhausted = False
-        self.rows = 0  # taken from the source
+        self.rows = 0  # taken from the source for this replica
         self.output_tokens = 0
+        self.told_tokens = 0  # of these, in loads
+        self.digest = 0  # of all plans
+        self.last_finish = 0.0  # on perf_counter's clock, on the leader; 0: none yet
 
     def run(self) -> None:
         """Tick until every row is answered."""
@@ -48,19 +69,34 @@ class Engine:
             self.tick(tick)
             if self.watch:
                 self.watch(self)
-            if self.exhausted and not self.scheduler.num_requests:
+            if self.over:
                 break
         while self.ring:
             self._commit(self.ring.popleft())
         self.stage.drain()
+        if self.exchange:
+            self.exchange.drain()
+
+    @property
+    def over(self) -> bool:
+        """Whether no replica has anything left to do; on all of them after the same tick."""
+        return self.balance.over if self.exchange else self.exhausted and not self.scheduler.num_requests
 
     def tick(self, tick: int) -> None:
-        limits = self.scheduler.limits
-        if len(self.ring) == limits.slots + limits.lookahead:
+        scheduler = self.scheduler
+        if len(self.ring) == scheduler.limits.slots + scheduler.limits.lookahead:
             self._commit(self.ring.popleft())
+        if self.exchange:
+            self.balance.see(self.told if self.lockstep else self._listen(self.exchange))
         self._feed()
-        plan = self.scheduler.schedule(tick)
-        sampled = self.stage.run(plan)
+        plan = scheduler.schedule(tick, self.balance.admits(tick, scheduler.num_running, len(scheduler.waiting)))
+        rows = None
+        if self.exchange:
+            self.exchange.launch(self._load(plan))
+            if self.lockstep:
+                self.told = self._listen(self.exchange)
+                rows = max(load.rows for load in self.told or ())
+        sampled = self.stage.run(plan, rows)
         self.ring.append(plan)
         if not self.leader:
             self.packets.post((), ())
@@ -79,22 +115,48 @@ class Engine:
             self._judge(self.leader)
         tokens, finished = self.packets.take()
         self.output_tokens += [request.finished for request in plan.sampled].count(False)
-        for request in self.scheduler.commit(plan, tokens, finished):
-            if self.leader:
+        done = self.scheduler.commit(plan, tokens, finished)
+        if self.leader and done:
+            for request in done:
                 self.leader.finish(request)
+            self.last_finish = perf_counter()
+
+    @staticmethod
+    def _listen(exchange: LoadExchange) -> list[Load] | None:
+        loads = exchange.take()
+        return [Load(*load) for load in loads] if loads else None
 
     def _feed(self) -> None:
-        """Fill the seats from the source; by priority, look as many rows further ahead as there are seats."""
-        limits = self.scheduler.limits
-        wanted = limits.max_num_seqs * (2 if limits.by_priority else 1)
-        while not self.exhausted and self.scheduler.num_requests < wanted:
-            row = next(self.source, None)
+        """Go on in the list as far as replicas need rows, and take those that are this one's."""
+        while not self.exhausted and (own := self.balance.next(self.scheduler.num_requests)) is not None:
+            row = self.source.take(own)
             if row is None:
                 self.exhausted = True
                 break
+            if isinstance(row, Skipped):
+                continue
             self.rows += 1
             if isinstance(row, Job):
                 for request in row.requests:
                     self.scheduler.add(request)
             if self.leader:
                 self.leader.take(row)
+
+    def _load(self, plan: Plan) -> Load:
+        """What the other replicas are told about this tick."""
+        scheduler = self.scheduler
+        tokens, self.told_tokens = self.output_tokens - self.told_tokens, self.output_tokens
+        if plan.requests:
+            self.digest ^= crc32(array("q", [plan.tick, *plan.starts, *plan.counts])) & 0x7FFFFFFF
+        return Load(
+            running=scheduler.num_running,
+            waiting=len(scheduler.waiting),
+            free_blocks=scheduler.pool.num_free,
+            prompt_tokens=plan.num_prompt_tokens,
+            decode_rows=plan.num_decodes,
+            rows=plan.num_rows,
+            claimed=self.rows,
+            flags=EXHAUSTED if self.exhausted else 0,
+            digest=self.digest,
+            tokens=tokens,
+        )

@@ -46,14 +46,14 @@ def generate(config: Config, topology: Topology) -> None:
     worker = start(config, topology, check_files)
     answered, size, now = from_rank_0(topology, (answered, size, datetime.now()))
     parser = together(topology, lambda: _parser(worker, now))
-    reader = Reader(input, parser, topology.dp_rank, topology.dp, answered, _identity(config), size)
+    reader = Reader(input, parser, answered, _identity(config), size)
     writer = together(topology, lambda: PartWriter(output, topology.dp_rank) if topology.is_leader else None)
     leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), writer.write) if writer else None
     progress = Progress(perf_counter(), config.progress) if topology.rank == 0 else None
     worker.phases.end("tokenizer")
     shown = _show(progress, reader) if progress else None
     with profiled(config.profile, worker.run_dir, topology.rank) as profiler:
-        metrics = worker.run(iter(reader), leader, all_of(shown, profiler))
+        metrics = worker.run(reader, leader, all_of(shown, profiler))
     if writer:
         writer.close()
     together(topology, lambda: None)  # every part is closed
@@ -85,15 +85,18 @@ def _parser(worker: Worker, now: datetime) -> RowParser:
 
 
 def _show(progress: Progress, reader: Reader) -> Callable[[Engine], None]:
-    """Rank 0 knows its own replica; the others, which have as many rows, are taken to be as far."""
-    dp = reader.dp
+    """Rank 0 knows its own replica, and of several what they told a few ticks ago."""
 
     def watch(engine: Engine) -> None:
-        scheduler = engine.scheduler
-        done = max(0, engine.rows - scheduler.num_requests) * dp + len(reader.placed)  # n > 1: n requests a row
+        scheduler, balance = engine.scheduler, engine.balance
+        rows, tokens = engine.rows, engine.output_tokens
+        running, waiting = scheduler.num_running, len(scheduler.waiting)
+        if loads := balance.loads:
+            rows, tokens = sum(load.claimed for load in loads), balance.tokens
+            running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
+        done = max(0, rows - running - waiting) + len(reader.placed)  # n > 1: n requests a row
         total = estimate_rows(reader.rows, reader.consumed, reader.size)
-        running, waiting = scheduler.num_running * dp, len(scheduler.waiting) * dp
-        progress.update(perf_counter(), done, total, engine.output_tokens * dp, running, waiting)
+        progress.update(perf_counter(), done, total, tokens, running, waiting)
 
     return watch
 

@@ -41,7 +41,7 @@ def test_topology_groups_are_what_their_names_say(path: Path) -> None:
     assert path.stem == (name or "single")
 
 
-@pytest.mark.parametrize("group", ["model", "sampling", "scheduler", "workload"])
+@pytest.mark.parametrize("group", ["model", "sampling", "scheduler", "balance", "workload"])
 def test_every_group_composes_into_a_valid_configuration(group: str) -> None:
     for path in (CONF / group).glob("*.yaml"):
         config = composed(f"{group}={path.stem}")
@@ -138,6 +138,11 @@ def test_a_number_is_large_enough(key: str) -> None:
             ("max_num_batched_tokens=31", "32 rows", "max_num_seqs 64 // pp 2", "at least 32"),
         ),
         (
+            {"topology.dp": 2, "balance.gate": "near", "scheduler.max_num_seqs": 1},
+            2,
+            ("balance.gate=near", "max_num_seqs=1", ">= 2"),
+        ),
+        (
             {"scheduler.max_num_batched_tokens": 100, "scheduler.decode_cap": False, "topology.pp": 2},
             2,
             ("max_num_batched_tokens=100", "128 rows"),
@@ -159,6 +164,12 @@ def test_pitfall_2_seats_that_can_never_be_used_at_once_are_a_warning() -> None:
     assert warnings(altered(odd | {"scheduler.async_depth": 1})) == []
     assert warnings(altered(odd | {"scheduler.decode_cap": False})) == []
     assert warnings(altered(odd | {"scheduler.max_num_seqs": 16})) == []
+
+
+def test_pitfall_16_a_gate_with_one_replica_is_a_warning() -> None:
+    (warning,) = warnings(altered({"balance.gate": "saturated"}))
+    assert "balance.gate=saturated" in warning and "topology.dp=1" in warning
+    assert warnings(altered({"balance.gate": "saturated", "topology.dp": 2})) == []
 
 
 def test_decode_rows_are_an_equal_share_of_the_seats() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from spmd.bench.floor import figures, lines, ranks_work
 from spmd.bench.rates import Rates, device_rates
-from spmd.bench.workload import jobs, lengths
+from spmd.bench.workload import Workload, lengths
 from spmd.build import Worker, start
 from spmd.config import Config, WorkloadConfig
 from spmd.leader import Leader
@@ -54,7 +54,7 @@ def _short(workload: WorkloadConfig, dp: int) -> WorkloadConfig:
 
 def _run(worker: Worker, workload: WorkloadConfig, watch: Watch | None = None) -> Metrics | None:
     longest = min(worker.capacity, worker.max_model_len)
-    source = jobs(workload, worker.arch.vocab_size, longest, worker.topology)
+    source = Workload(workload, worker.arch.vocab_size, longest)
     leader = Leader(None, "bench", Metrics()) if worker.topology.is_leader else None
     return worker.run(source, leader, watch)
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from spmd.engine import Engine
 from spmd.io.rows import Job
+from spmd.io.source import Listed
 from spmd.leader import Leader
 from spmd.model.inputs import InputBuilder
 from spmd.model.sampler import Sampled, plain_greedy
@@ -27,6 +28,7 @@ from spmd.model.stage import Stage
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.packet import PacketWire
 from spmd.report.metrics import Metrics
+from spmd.schedule.balance import Balance, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
@@ -70,7 +72,7 @@ class Rehearsal:
         self.send = laps.timed("feedback", feedback.send) if feedback else None
         self.decodes = 0  # rows of the last plan
 
-    def run(self, plan: Plan) -> Sampled | None:
+    def run(self, plan: Plan, shared_rows: int | None = None) -> Sampled | None:
         self.decodes = plan.num_decodes
         if self.feedback:
             self.feedback.receive(plan)
@@ -117,7 +119,8 @@ def build(running: int, tokens: int, pp: int, lookahead: int, group: dist.Proces
     feedback = TokenFeedback(Topology(), None, running, pp, CPU) if lookahead else None
     packets, leader = PacketWire(group, 0, True, running), Leader(None, "bench", Metrics())
     stage = Rehearsal(inputs, feedback, laps)
-    engine = Engine(scheduler, cast(Stage, stage), packets, iter(jobs(running, tokens, longest)), leader)
+    source, balance = Listed(jobs(running, tokens, longest)), Balance(Rules(running))
+    engine = Engine(scheduler, cast(Stage, stage), packets, source, balance, leader)
     steps = [(packets, "take"), (scheduler, "commit"), (engine, "_feed"), (scheduler, "schedule")]
     for owner, step in [*steps, (leader, "judge"), (packets, "post")]:
         setattr(owner, step, laps.timed(step.lstrip("_"), getattr(owner, step)))

@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Iterator
+from itertools import count
 
 from spmd.config import WorkloadConfig
-from spmd.io.rows import Job
+from spmd.io.rows import BadRow, Job
+from spmd.io.source import SKIPPED, Skipped
 from spmd.schedule.request import Request, SamplingParams
-from spmd.topology import Topology
 
 
 def prompts(workload: WorkloadConfig, num_prompts: int, vocab_size: int) -> Iterator[tuple[list[int], int]]:
@@ -22,24 +23,31 @@ def lengths(workload: WorkloadConfig, vocab_size: int) -> list[tuple[int, int]]:
     return [(len(prompt), output) for prompt, output in prompts(workload, workload.num_prompts, vocab_size)]
 
 
-def jobs(workload: WorkloadConfig, vocab_size: int, longest: int, topology: Topology) -> Iterator[Job]:
-    """The greedy, fixed-length rows of this replica.
+class Workload:
+    """The greedy, fixed-length rows as a `Source`."""
 
-    Raises:
-        ValueError: a row may have more than `longest` tokens.
-    """
-    w = workload
-    needed = w.input_len[1] + w.output_len[1]
-    if needed > longest:
-        raise ValueError(
-            f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {needed} tokens, a request "
-            f"can have {longest} (model.max_model_len, scheduler.num_blocks)"
-        )
-    return _jobs(w, vocab_size, topology)
+    def __init__(self, workload: WorkloadConfig, vocab_size: int, longest: int) -> None:
+        """A request can have `longest` tokens.
 
+        Raises:
+            ValueError: a row may have more.
+        """
+        w = workload
+        needed = w.input_len[1] + w.output_len[1]
+        if needed > longest:
+            raise ValueError(
+                f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {needed} tokens, "
+                f"a request can have {longest} (model.max_model_len, scheduler.num_blocks)"
+            )
+        self._prompts = prompts(w, w.num_prompts, vocab_size)
+        self._numbers = count()
 
-def _jobs(workload: WorkloadConfig, vocab_size: int, topology: Topology) -> Iterator[Job]:
-    for index, (tokens, output) in enumerate(prompts(workload, workload.num_prompts, vocab_size)):
-        if index % topology.dp == topology.dp_rank:
-            params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-            yield Job(index, f"row-{index}", False, [Request(index, 0, tokens, params)], tokens)
+    def take(self, own: bool) -> Job | BadRow | Skipped | None:
+        if (prompt := next(self._prompts, None)) is None:
+            return None
+        index = next(self._numbers)
+        if not own:
+            return SKIPPED
+        tokens, output = prompt
+        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        return Job(index, f"row-{index}", False, [Request(index, 0, tokens, params)], tokens)

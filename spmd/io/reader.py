@@ -1,20 +1,21 @@
-"""The input file as a stream of jobs: every rank reads all of it, and builds the rows of its own replica only."""
+"""The input file as a source of jobs: every rank reads all of it, and builds the rows of its own replica only."""
 
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
 
-from spmd.io.rows import MAX_LINE_BYTES, BadRow, Job, RowParser, load
+from spmd.io.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, load
+from spmd.io.source import SKIPPED, Skipped
 from spmd.io.wording import first_line
 
 
 class Reader:
-    """Iterates over the jobs and bad rows of one replica, holding one line at a time.
+    """A `Source` that holds one line at a time. Who answers which row is decided by whoever takes them.
 
-    Rows are numbered from 0 without blank lines, and those to answer are dealt out to the replicas in turn. All ranks
-    agree on duplicates: the first row with a custom_id keeps it, whether or not it can be answered, and later ones
-    are bad rows. This takes an 8-byte digest of each id in a set, about 90 bytes a row (18 MB for 200,000 rows).
+    Rows are numbered from 0 without blank lines. All ranks agree on duplicates: the first row with a custom_id keeps
+    it, whether or not it can be answered, and later ones are bad rows. This takes an 8-byte digest of each id in a
+    set, about 90 bytes a row (18 MB for 200,000 rows).
 
     Rows that an earlier attempt answered are passed over. A row's key is a digest of its content, its id, and of what
     else shapes the answer (`identity`), so a changed row, model or sampling is answered anew.
@@ -22,8 +23,6 @@ class Reader:
     Args:
         path: the input file, one JSON object a line.
         parser: what turns lines into jobs.
-        dp_rank: the replica whose rows to give.
-        dp: number of replicas.
         answered: keys of the rows to pass over; `placed` then tells where each of them stands.
         identity: what all answers depend on besides their rows: the model and the sampling defaults.
         size: bytes to read, so that all ranks end at the same row of a file that still grows; None: all there are.
@@ -36,26 +35,34 @@ class Reader:
         self,
         path: str,
         parser: RowParser,
-        dp_rank: int = 0,
-        dp: int = 1,
         answered: Iterable[int] = (),
         identity: str = "",
         size: int | None = None,
     ) -> None:
         self.path = path
         self.parser = parser
-        self.dp_rank = dp_rank
-        self.dp = dp
         self.answered = frozenset(answered)
         self.identity = blake2b(identity.encode(), digest_size=16).digest()
         self.placed: dict[int, int] = {}  # key of an answered row: its number
         self.size = check_input(path) if size is None else size  # bytes
         self.consumed = 0  # bytes
         self.rows = 0  # of all replicas so far
+        self._unanswered = self._read()
 
-    def __iter__(self) -> Iterator[Job | BadRow]:
+    def take(self, own: bool) -> Job | BadRow | Skipped | None:
+        """Go on to the next row that no earlier attempt answered; build it if it is one's `own`. None: the end."""
+        found = next(self._unanswered, None)
+        if found is None or not own:
+            return found and SKIPPED
+        row, key = found
+        if isinstance(row, BadRow):
+            return row
+        built = self.parser.build(row)
+        return replace(built, key=key) if isinstance(built, Job) else built
+
+    def _read(self) -> Iterator[tuple[Row | BadRow, int]]:
+        """Rows to answer, with their keys."""
         seen: set[int] = set()
-        turn = -1
         for line in self._lines():
             index = self.rows
             self.rows += 1
@@ -68,17 +75,10 @@ class Reader:
             if key in self.answered and not duplicate:
                 self.placed[key] = index
                 continue
-            turn += 1
-            if turn % self.dp != self.dp_rank:
-                continue
-            if isinstance(row, BadRow):
-                yield row
-            elif duplicate:
+            if duplicate and not isinstance(row, BadRow):
                 message = f"custom_id {row.custom_id!r} is that of an earlier row too"
-                yield BadRow(index, row.custom_id, message, "duplicate_custom_id")
-            else:
-                built = self.parser.build(row)
-                yield replace(built, key=key) if isinstance(built, Job) else built
+                row = BadRow(index, row.custom_id, message, "duplicate_custom_id")
+            yield row, key
 
     def _lines(self) -> Iterator[bytes]:
         """Lines that are not blank; of one that is too long, enough to be found so."""

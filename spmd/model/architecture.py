@@ -119,17 +119,23 @@ def read_architecture(
     )
 
 
-def check_topology(arch: Architecture, topology: Topology) -> None:
+def check_topology(arch: Architecture, topology: Topology, ep: bool = False) -> None:
     """Check that the model can be split this way. The vocabulary always can: it is padded.
 
+    Args:
+        ep: each expert lies whole on one of the stage's dp * tp ranks.
+
     Raises:
-        ValueError: fewer layers than stages, or a size that tp does not divide; names every such size.
+        ValueError: fewer layers than stages, a size that tp does not divide (names every such size), or experts that
+            can't be shared out evenly.
     """
     split_layers(arch.num_layers, topology.pp)
+    if ep:
+        _check_experts(arch, topology)
     sizes = {"num_attention_heads": arch.num_heads, "num_key_value_heads": arch.num_kv_heads}
     if not all(arch.sparse):
         sizes["intermediate_size"] = arch.intermediate_size
-    if any(arch.sparse):
+    if any(arch.sparse) and not ep:
         sizes["moe_intermediate_size"] = arch.moe_intermediate_size
     if any(size % topology.tp for size in sizes.values()):
         listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
@@ -137,6 +143,18 @@ def check_topology(arch: Architecture, topology: Topology) -> None:
         raise ValueError(
             f"topology.tp={topology.tp} must divide each of {listed} of {arch.family}; "
             f"below it {', '.join(map(str, fitting))} would fit"
+        )
+
+
+def _check_experts(arch: Architecture, topology: Topology) -> None:
+    dp, tp, ranks = topology.dp, topology.tp, topology.dp * topology.tp
+    if not any(arch.sparse):
+        raise ValueError(f"topology.ep=true shares out experts, {arch.family} has none; use topology.ep=false")
+    if arch.num_experts % ranks:
+        fitting = [n for n in range(1, arch.num_experts + 1) if arch.num_experts % n == 0]
+        raise ValueError(
+            f"topology.ep=true needs topology.dp={dp} x topology.tp={tp} = {ranks} ranks to divide the model's "
+            f"num_experts={arch.num_experts}; {', '.join(map(str, fitting))} ranks would fit, or use topology.ep=false"
         )
 
 

@@ -30,6 +30,7 @@ class Batch:
     width: int  # blocks that a decode row may have, at least those of the longest
     prefills: list[Span]
     sample_rows: Tensor | None  # int64 [S]: rows whose logits are wanted; None: all
+    shared_rows: int | None = None  # rows that every replica has in this tick's sparse layers, padding included
 
     def slots(self, block_size: int) -> Tensor:
         """int64 [T]: each token's place in the KV cache, `block * block_size + offset`."""

@@ -18,6 +18,7 @@ from spmd.model.inputs import InputBuilder
 from spmd.model.kv_cache import KVCache
 from spmd.model.sampler import Sampler
 from spmd.model.stage import Stage
+from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.groups import Groups
 from spmd.parallel.hidden import HiddenChannel
@@ -49,11 +50,17 @@ def load_decoder(
     """
     layers = stages(config, arch)[topology.pp_rank]
     tp = TensorParallel(topology.tp_rank, topology.tp, groups.tensor, _symmetric(arch, groups, device))
-    decoder = Decoder(arch, layers, topology.is_first_stage, topology.is_last_stage, tp, device)
+    ep = _expert_parallel(topology, groups) if config.topology.ep else None
+    decoder = Decoder(arch, layers, topology.is_first_stage, topology.is_last_stage, tp, ep, device)
     assert config.model.path is not None
     load(decoder, config.model.path, config.model.load_format, config.model.revision)
     decoder.pack(decode_rows(config))
     return decoder
+
+
+def _expert_parallel(topology: Topology, groups: Groups) -> ExpertParallel:
+    place = topology.dp_rank * topology.tp + topology.tp_rank
+    return ExpertParallel(place, topology.dp * topology.tp, groups.experts)
 
 
 def _symmetric(arch: Architecture, groups: Groups, device: torch.device) -> SymmetricBuffer | None:

@@ -1,4 +1,4 @@
-"""Filling a decoder from safetensors: a rank reads only its stage's tensors, and of those only its own slices."""
+"""Filling a decoder from safetensors: a rank reads its stage's tensors, and of those its own slices and experts."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def load(decoder: Decoder, path: str, load_format: str = "auto", revision: str |
     pieces = decoder.pieces(stacked)
     if missing := [name for name in pieces if name not in names]:
         raise ValueError(f"{path} lacks {_listed(missing)}, which {arch.family} needs")
-    known = Decoder(arch, tp=decoder.tp, device="meta").pieces(stacked)
+    known = Decoder(arch, device="meta").pieces(stacked)
     if unknown := [raw for name, raw in names.items() if name not in known and not _is_redundant(name, arch)]:
         raise ValueError(f"{path} holds {_listed(unknown)}, which {arch.family} with this config.json does not have")
     for file in sorted({files[names[name]] for name in pieces}):

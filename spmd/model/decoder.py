@@ -16,6 +16,7 @@ from spmd.model.layers import MLP, ColumnLinear, Embedding, Head, RowLinear
 from spmd.model.moe import Experts, SparseMLP
 from spmd.model.norm import RMSNorm
 from spmd.model.weights import Piece, Weights
+from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
 
 
@@ -38,18 +39,20 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after its norm and added to the residual."""
 
-    def __init__(self, arch: Architecture, sparse: bool, tp: TensorParallel) -> None:
+    def __init__(self, arch: Architecture, sparse: bool, tp: TensorParallel, ep: ExpertParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(arch.hidden_size, arch)
         self.self_attn = Attention(arch, tp)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch)
-        self.mlp = SparseMLP(arch, tp) if sparse else MLP(arch, tp)
+        self.mlp = SparseMLP(arch, tp, ep) if sparse else MLP(arch, tp)
 
-    def forward(self, x: Tensor, residual: Tensor | None, layer: int, backend: Backend) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
+    ) -> tuple[Tensor, Tensor]:
         """Both `[T, hidden]`: what the MLP adds, and what it is to be added to, so that the next norm can fuse it."""
         x, residual = backend.add_norm(x, residual, self.input_layernorm)
         x, residual = backend.add_norm(self.self_attn(x, layer, backend), residual, self.post_attention_layernorm)
-        return self.mlp(x, backend), residual
+        return self.mlp(x, backend, shared_rows), residual
 
 
 class Decoder(nn.Module):
@@ -62,17 +65,19 @@ class Decoder(nn.Module):
         first: bool = True,
         last: bool = True,
         tp: TensorParallel | None = None,
+        ep: ExpertParallel | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Allocate this rank's share, uninitialised, on `device`. By default the whole model."""
         super().__init__()
         self.arch = arch
         self.tp = tp = tp or TensorParallel()
+        ep = ep or ExpertParallel()
         self.first, self.last = first, last
         self.range = range(arch.num_layers) if layers is None else layers
         with torch.device(device):
             self.embed_tokens = Embedding(arch, tp) if first else None
-            self.layers = nn.ModuleDict({str(i): DecoderLayer(arch, arch.sparse[i], tp) for i in self.range})
+            self.layers = nn.ModuleDict({str(i): DecoderLayer(arch, arch.sparse[i], tp, ep) for i in self.range})
             self.norm = RMSNorm(arch.hidden_size, arch) if last else None
             self.lm_head = Head(arch, tp) if last else None
         if self.embed_tokens is not None and self.lm_head is not None and arch.tie_word_embeddings:
@@ -94,7 +99,7 @@ class Decoder(nn.Module):
             x = self.embed_tokens(x)
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers.values()):
-            x, residual = layer(x, residual, i, backend)
+            x, residual = layer(x, residual, i, backend, batch.shared_rows)
         assert residual is not None
         if self.norm is None or self.lm_head is None:
             return x + residual

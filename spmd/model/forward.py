@@ -30,7 +30,8 @@ class Forward:
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """See `Decoder.forward`. Logits last until the next call."""
-        graph = None if batch.prefills else self.graphs.get(batch.num_decodes)
+        alike = batch.shared_rows in (None, batch.num_decodes)  # a graph shares as many rows as it has
+        graph = self.graphs.get(batch.num_decodes) if alike and not batch.prefills else None
         if graph:
             return graph(x)
         self.backend.prepare(batch)

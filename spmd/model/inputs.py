@@ -28,15 +28,17 @@ class InputBuilder:
         self.tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.columns = torch.zeros(3 * max_rows, dtype=torch.int64, device=device)
 
-    def build(self, plan: Plan, latest: Tensor | None = None) -> tuple[Tensor, Batch]:
+    def build(self, plan: Plan, latest: Tensor | None = None, decode_rows: int | None = None) -> tuple[Tensor, Batch]:
         """Token ids int64 [T] and the Batch, T = plan.num_rows; padding rows are token 0 at position 0.
 
         Args:
             latest: int64 [seats], the last token of each seat, on the device; if given, decode rows take theirs from
                 there, since the host may not know it yet.
+            decode_rows: that the decodes of a plan without prompts take, if not `plan.padded_decodes`.
         """
         self._grow(plan)
-        decodes, rows = plan.requests[: plan.num_decodes], plan.padded_decodes
+        decodes = plan.requests[: plan.num_decodes]
+        rows = plan.padded_decodes if decode_rows is None else decode_rows
         padding = [0] * (rows - plan.num_decodes)
         positions = plan.starts[: plan.num_decodes] + padding
         if latest is None:
@@ -55,20 +57,20 @@ class InputBuilder:
         ids, position, seat = self._upload(tokens + positions + seats).view(3, -1)
         if latest is not None and rows:
             torch.index_select(latest, 0, seat[:rows], out=ids[:rows])
-        sample_rows = to_device(plan.sample_rows, torch.int64, self.device) if spans else None
+        sample_rows = to_device(plan.sample_rows, torch.int64, self.device) if spans or not decodes else None
         return ids, Batch(position, seat, self.tables, rows, width, spans, sample_rows)
 
     def padding(self, rows: int, prompt: int = 0) -> tuple[Tensor, Batch]:
         """Token ids and Batch of `rows` padding rows, then a prompt of as many tokens, all in null blocks.
 
         Without a prompt at the addresses of any plan with as many decodes and no prompts, and as wide as the longest
-        request: a graph captured with it fits every such plan.
+        request: a graph captured with it fits every such plan. Other replicas are taken to run as many rows.
         """
         total = rows + prompt
         tokens_and_positions = [0] * (total + rows) + [*range(prompt)]
         ids, position, seat = self._upload(tokens_and_positions + [self.padding_seat] * total).view(3, -1)
         spans = [Span(rows, prompt, prompt, self.padding_seat)] if prompt else []
-        return ids, Batch(position, seat, self.tables, rows, self.tables.shape[1], spans, None)
+        return ids, Batch(position, seat, self.tables, rows, self.tables.shape[1], spans, None, total)
 
     def _upload(self, values: list[int]) -> Tensor:
         if self.device.type == "cpu":

@@ -122,5 +122,6 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnLinear(arch.hidden_size, parts, bias, arch.dtype, tp)
         self.down_proj = RowLinear(inner, arch.hidden_size, bias, arch.dtype, tp)
 
-    def forward(self, x: Tensor, backend: Backend) -> Tensor:
+    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor:
+        """`shared_rows` concerns sparse layers alone."""
         return self.down_proj(backend.gated(self.gate_up_proj(x)))

@@ -1,6 +1,14 @@
-"""Mixture of experts: a router picks a few experts a token; every rank holds a slice of each expert's intermediate."""
+"""Mixture of experts: a router picks a few experts a token.
+
+Either every tensor rank holds a slice of each expert's intermediate, or, with expert parallelism, every rank of the
+stage, of all replicas, holds some experts whole. Then the replicas' tokens are gathered before the experts, together
+with what the router of their own replica chose for them, so that no two ranks can differ about it; afterwards each
+replica gets the sums of its own tokens.
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +17,31 @@ from torch import Tensor, nn
 from spmd.model.architecture import Architecture
 from spmd.model.backend import Backend
 from spmd.model.weights import Piece, Weights, empty, linear, shard, whole
+from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
+
+
+class Routed(NamedTuple):
+    """Tokens and where they go. Expert -1 is nobody's."""
+
+    x: Tensor  # [T, hidden]
+    weights: Tensor  # [T, top_k], in x's dtype
+    experts: Tensor  # [T, top_k], integers
+
+    def packed(self) -> Tensor:
+        """All in one tensor `[T, hidden + 2 * top_k]`, to travel at once; a row of zeros goes to nobody."""
+        numbers = self.experts.to(_integers(self.x)) + 1
+        return torch.cat([self.x, self.weights, numbers.view(self.x.dtype)], dim=1)
+
+    @staticmethod
+    def unpacked(packed: Tensor, top_k: int) -> "Routed":
+        x, weights, numbers = packed.tensor_split([-2 * top_k, -top_k], dim=1)
+        return Routed(x, weights, numbers.view(_integers(packed)) - 1)
+
+
+def _integers(x: Tensor) -> torch.dtype:
+    """Of the same size as x's elements."""
+    return torch.int16 if x.element_size() == 2 else torch.int32
 
 
 class Router(Weights):
@@ -21,13 +53,12 @@ class Router(Weights):
         self.normalize = arch.norm_topk_prob
         self.weight = empty(arch.dtype, arch.num_experts, arch.hidden_size)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in x's dtype and expert ids, both `[T, top_k]`."""
+    def forward(self, x: Tensor) -> Routed:
         probabilities = F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights.to(x.dtype), experts
+        return Routed(x, weights.to(x.dtype), experts)
 
     def pieces(self, own: str) -> Iterator[Piece]:
         yield whole(f"{own}.weight", self.weight)
@@ -37,72 +68,95 @@ class Experts(Weights):
     """The experts' MLPs in stacked weights. Only those that some token chose are run, each on its tokens at once."""
 
     packable = ("gate_up_proj", "down_proj")
-    gate_up_proj: Tensor | Sequence[Tensor]  # [experts, 2 * inner, hidden]
-    down_proj: Tensor | Sequence[Tensor]  # [experts, hidden, inner]
+    gate_up_proj: Tensor | Sequence[Tensor]  # [own experts, 2 * inner, hidden]
+    down_proj: Tensor | Sequence[Tensor]  # [own experts, hidden, inner]
 
-    def __init__(self, arch: Architecture, tp: TensorParallel) -> None:
+    def __init__(self, arch: Architecture, tp: TensorParallel, ep: ExpertParallel) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp = tp if ep.size == 1 else TensorParallel()
         self.num_experts = arch.num_experts
-        self.inner = arch.moe_intermediate_size // tp.size
-        self.gate_up_proj = empty(arch.dtype, arch.num_experts, 2 * self.inner, arch.hidden_size)
-        self.down_proj = empty(arch.dtype, arch.num_experts, arch.hidden_size, self.inner)
+        self.owned = ep.owned(arch.num_experts)
+        self.inner = arch.moe_intermediate_size // self.tp.size
+        self.gate_up_proj = empty(arch.dtype, len(self.owned), 2 * self.inner, arch.hidden_size)
+        self.down_proj = empty(arch.dtype, len(self.owned), arch.hidden_size, self.inner)
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, backend: Backend) -> Tensor:
+    def forward(self, routed: Routed, backend: Backend) -> Tensor:
         """This rank's share of the weighted sum of each token's experts, `[T, hidden]`."""
+        x, weights, experts = routed
         tokens, top_k = experts.shape
+        if len(self.owned) < self.num_experts:  # counted from the first own one; others', and nobody's, come behind
+            experts = (experts - self.owned.start).remainder(self.num_experts + 1)
         chosen, order = experts.flatten().sort(stable=True)
-        inputs = x[order // top_k]
-        grouped = x.is_cuda and x.dtype == torch.bfloat16
-        outputs = self._grouped(inputs, chosen, backend) if grouped else self._one_by_one(inputs, chosen, backend)
-        by_token = torch.empty(tokens * top_k, x.shape[1], dtype=x.dtype, device=x.device)
-        by_token[order] = outputs
-        return (by_token.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
+        run = self._grouped if x.is_cuda and x.dtype == torch.bfloat16 else self._one_by_one
+        outputs = run(x, chosen, order, top_k, backend)
+        return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
-    def _one_by_one(self, inputs: Tensor, chosen: Tensor, backend: Backend) -> Tensor:
-        counts = chosen.bincount(minlength=self.num_experts).tolist()
-        return torch.cat(
-            [
-                linear(backend.gated(linear(part, self.gate_up_proj[expert])), self.down_proj[expert])
-                for expert, part in enumerate(inputs.split(counts))
-                if len(part)
-            ]
-        )
+    def _one_by_one(self, x: Tensor, chosen: Tensor, order: Tensor, top_k: int, backend: Backend) -> Tensor:
+        """Outputs `[T * top_k, hidden]` of each token's experts, zero of those that aren't here.
 
-    def _grouped(self, inputs: Tensor, chosen: Tensor, backend: Backend) -> Tensor:
-        """One product for all experts, whose rows end where `ends` says: the host need not know."""
+        `chosen` are the experts in rising order, `order` the places they stood at, both `[T * top_k]`.
+        """
+        counts = chosen.bincount(minlength=len(self.owned))[: len(self.owned)].tolist()
+        outputs = x.new_zeros(len(order), x.shape[1])
+        here = order[: sum(counts)]
+        for expert, (places, part) in enumerate(zip(here.split(counts), x[here // top_k].split(counts), strict=True)):
+            if len(part):
+                inner = backend.gated(linear(part, self.gate_up_proj[expert]))
+                outputs[places] = linear(inner, self.down_proj[expert])
+        return outputs
+
+    def _grouped(self, x: Tensor, chosen: Tensor, order: Tensor, top_k: int, backend: Backend) -> Tensor:
+        """The same in one product for all experts, whose rows end where `ends` says: the host need not know."""
         assert isinstance(self.gate_up_proj, Tensor) and isinstance(self.down_proj, Tensor)
-        numbers = torch.arange(self.num_experts, device=chosen.device)
+        numbers = torch.arange(len(self.owned), dtype=chosen.dtype, device=chosen.device)
         ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
-        inner = backend.gated(F.grouped_mm(inputs, self.gate_up_proj.transpose(1, 2), offs=ends))
-        return F.grouped_mm(inner, self.down_proj.transpose(1, 2), offs=ends)
+        inner = backend.gated(F.grouped_mm(x[order // top_k], self.gate_up_proj.transpose(1, 2), offs=ends))
+        found = F.grouped_mm(inner, self.down_proj.transpose(1, 2), offs=ends)
+        if len(self.owned) == self.num_experts:
+            outputs = torch.empty_like(found)
+            outputs[order] = found
+            return outputs
+        outputs = x.new_zeros(len(order) + 1, x.shape[1])  # behind the last own expert's rows lies anything: it goes
+        outputs[order.masked_fill(chosen >= len(self.owned), len(order))] = found  # to one row that nobody reads
+        return outputs[:-1]
 
     def pieces(self, own: str) -> Iterator[Piece]:
         """One tensor an expert and projection, as checkpoints have it."""
-        for expert in range(self.num_experts):
-            gate, up = self.gate_up_proj[expert].chunk(2)
+        for expert, gate_up, down in zip(self.owned, self.gate_up_proj, self.down_proj, strict=True):
+            gate, up = gate_up.chunk(2)
             yield shard(f"{own}.{expert}.gate_proj.weight", gate, 0, self.tp)
             yield shard(f"{own}.{expert}.up_proj.weight", up, 0, self.tp)
-            yield shard(f"{own}.{expert}.down_proj.weight", self.down_proj[expert], 1, self.tp)
+            yield shard(f"{own}.{expert}.down_proj.weight", down, 1, self.tp)
 
     def stacked_pieces(self, own: str) -> Iterator[Piece]:
         """All experts in one tensor a projection, as transformers 5 holds them and may save them."""
         assert isinstance(self.gate_up_proj, Tensor) and isinstance(self.down_proj, Tensor)
         size = self.inner * self.tp.size
         for half, target in enumerate(self.gate_up_proj.chunk(2, dim=1)):
-            yield shard(f"{own}.gate_up_proj", target, 1, self.tp, offset=half * size, total=2 * size)
-        yield shard(f"{own}.down_proj", self.down_proj, 2, self.tp)
+            yield self._of_all(shard(f"{own}.gate_up_proj", target, 1, self.tp, offset=half * size, total=2 * size))
+        yield self._of_all(shard(f"{own}.down_proj", self.down_proj, 2, self.tp))
+
+    def _of_all(self, piece: Piece) -> Piece:
+        """A piece of a tensor that begins with all experts instead of the own ones."""
+        here = slice(self.owned.start, self.owned.stop)
+        return replace(piece, shape=(self.num_experts, *piece.shape[1:]), index=(here, *piece.index[1:]))
 
 
 class SparseMLP(nn.Module):
     """Router and experts in the place of an MLP."""
 
-    def __init__(self, arch: Architecture, tp: TensorParallel) -> None:
+    def __init__(self, arch: Architecture, tp: TensorParallel, ep: ExpertParallel) -> None:
         super().__init__()
         self.tp = tp
+        self.ep = ep
         self.gate = Router(arch)
-        self.experts = Experts(arch, tp)
+        self.experts = Experts(arch, tp, ep)
 
-    def forward(self, x: Tensor, backend: Backend) -> Tensor:
-        weights, experts = self.gate(x)
-        return self.tp.all_reduce(self.experts(x, weights, experts, backend))
+    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor:
+        """`[T, hidden]` both; where replicas share the experts, each of them must give the same `shared_rows` >= T."""
+        routed = self.gate(x)
+        if self.ep.group is not None:
+            assert shared_rows is not None, "replicas that share experts must agree on their rows"
+            routed = Routed.unpacked(self.ep.gather(routed.packed(), shared_rows), self.gate.top_k)
+        sums = self.ep.scatter_sum(self.experts(routed, backend))
+        return self.tp.all_reduce(sums[: len(x)])

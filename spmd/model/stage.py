@@ -1,5 +1,7 @@
 """One rank's share of a tick: receive hidden states, run this stage's layers, send them on or sample."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -35,14 +37,21 @@ class Stage:
         """Ticks for which samples had better stay on the device: a host that asks at once waits for the forward."""
         return 1 if self.inputs.device.type == "cuda" else 0
 
-    def run(self, plan: Plan) -> Sampled | None:
-        """Run a plan; on the leader returns a token for each of `plan.sampled`, None if there are none."""
+    def run(self, plan: Plan, shared_rows: int | None = None) -> Sampled | None:
+        """Run a plan; on the leader returns a token for each of `plan.sampled`, None if there are none.
+
+        Args:
+            shared_rows: where experts are spread over the replicas, the most rows that any of them has in this tick.
+                A replica with an empty plan then runs padding, unless all have. None: this replica runs by itself.
+        """
         if self.feedback:
             self.feedback.receive(plan)
-        if not plan.requests:
+        if not plan.requests and not shared_rows:
             return None
-        x, batch = self.inputs.build(plan, self.feedback.latest if self.feedback else None)
-        x = self._receive(x, plan.num_rows)
+        latest = self.feedback.latest if self.feedback else None
+        x, batch = self.inputs.build(plan, latest, self._decode_rows(plan, shared_rows))
+        batch = replace(batch, shared_rows=shared_rows)
+        x = self._receive(x, len(batch.positions))
         with self.clock.busy():
             x = self.forward(x, batch)
             sampled = self._sample(plan, x) if self.forward.decoder.last and plan.sampled else None
@@ -50,6 +59,15 @@ class Stage:
         if self.feedback and sampled:
             self.feedback.send(plan, sampled.token_ids)
         return sampled
+
+    def _decode_rows(self, plan: Plan, shared_rows: int | None) -> int:
+        """Rows that the decodes take, equal on all stages.
+
+        In lockstep at least one, and as many as any replica has if there is a graph of these and no prompt beside them.
+        """
+        if not shared_rows or plan.num_prompt_tokens:
+            return plan.padded_decodes
+        return shared_rows if shared_rows in self.forward.graphs else max(plan.padded_decodes, 1)
 
     def warm_up(self, prompt: int) -> None:
         """Run a prompt of padding through the pipeline: opens its connections, compiles and loads kernels."""

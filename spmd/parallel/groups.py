@@ -20,10 +20,12 @@ class Groups:
     packets: ProcessGroup | None = None  # the replica, on the CPU
     hidden: ProcessGroup | None = None  # the replica, on the device
     tensor: ProcessGroup | None = None  # the ranks of one stage, on the device
+    load: ProcessGroup | None = None  # one rank of each replica, of the same stage and tensor rank, on the CPU
+    experts: ProcessGroup | None = None  # the same ranks, on the device; made for expert parallelism
     tokens: ProcessGroup | None = None  # the replica's first stage and its leader, on the device; made for lookahead
 
 
-def connect(topology: Topology, device: torch.device, lookahead: bool = False) -> Groups:
+def connect(topology: Topology, device: torch.device, lookahead: bool = False, ep: bool = False) -> Groups:
     """Join the world started by torchrun. Its default group is for talk at start-up and at the end, on the CPU."""
     if topology.world_size == 1:
         return Groups()
@@ -33,8 +35,15 @@ def connect(topology: Topology, device: torch.device, lookahead: bool = False) -
         packets=_group_of(topology.rank, topology.replicas(), "gloo"),
         hidden=_group_of(topology.rank, topology.replicas(), on_device),
         tensor=_group_of(topology.rank, topology.stages(), on_device),
+        load=_group_of(topology.rank, _peers(topology), "gloo"),
+        experts=_group_of(topology.rank, _peers(topology), on_device) if ep else None,
         tokens=_group_of(topology.rank, _ends(topology), on_device) if lookahead else None,
     )
+
+
+def _peers(topology: Topology) -> list[list[int]]:
+    """Of each stage and tensor rank, those of all replicas."""
+    return [list(ranks) for ranks in zip(*topology.replicas(), strict=True)]
 
 
 def _ends(topology: Topology) -> list[list[int]]:

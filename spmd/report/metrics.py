@@ -19,7 +19,11 @@ COUNTERS = (
     "preemptions",
     "cache_hit_tokens",
     "cache_queried_tokens",
+    "replicas",
+    "idle_seconds",
+    "frozen_ticks",
 )
+EQUAL_OR_SLOWEST = ("startup_seconds", "wall_seconds", "exchanges", "exchange_seconds", "mixed_ticks")
 
 
 @dataclass(slots=True)
@@ -56,6 +60,13 @@ class Metrics:
     preemptions: int = 0
     cache_hit_tokens: int = 0  # prompt tokens found in the prefix cache
     cache_queried_tokens: int = 0  # prompt tokens looked up in it
+
+    replicas: int = 0  # 1 on a leader
+    idle_seconds: float = 0.0  # from a replica's last answer to the end of all
+    frozen_ticks: int = 0  # in which a gate kept somebody waiting from a seat; each replica's count
+    mixed_ticks: int = 0  # in which one replica ran prompts while another only decoded; known to all ranks
+    exchanges: int = 0  # of loads between replicas; as many on every rank
+    exchange_seconds: float = 0.0  # this rank spent in them; once merged, the slowest rank
 
     startup_seconds: float = 0.0  # launch to the first tick; once merged, of the slowest rank
     wall_seconds: float = 0.0  # the work phase; once merged, of the slowest rank
@@ -98,8 +109,8 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
             getattr(whole, name).merge(getattr(part, name))
         for name in COUNTERS:
             setattr(whole, name, getattr(whole, name) + getattr(part, name))
-        whole.startup_seconds = max(whole.startup_seconds, part.startup_seconds)
-        whole.wall_seconds = max(whole.wall_seconds, part.wall_seconds)
+        for name in EQUAL_OR_SLOWEST:
+            setattr(whole, name, max(getattr(whole, name), getattr(part, name)))
         for stage, time in part.stages.items():
             total = whole.stages.setdefault(stage, StageTime())
             total.busy += time.busy

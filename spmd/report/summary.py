@@ -12,6 +12,7 @@ def as_dict(metrics: Metrics) -> dict[str, Any]:
     """Figures of merged metrics, named as `vllm bench serve` saves them. Rates are per second of the work phase.
 
     `stage_busy_percent` has one number a stage, the mean of its ranks; what is missing to 100 is bubble.
+    `idle_tail_percent` is the share of the run, mean over the replicas, that comes after a replica's last answer.
     """
     m, wall = metrics, metrics.wall_seconds
     figures: dict[str, Any] = {
@@ -36,6 +37,11 @@ def as_dict(metrics: Metrics) -> dict[str, Any]:
         "preemptions": m.preemptions,
         "prefix_cache_hit_tokens": m.cache_hit_tokens,
         "prefix_cache_queried_tokens": m.cache_queried_tokens,
+        "idle_tail_percent": 100 * _ratio(m.idle_seconds, m.replicas * wall),
+        "frozen_ticks": m.frozen_ticks,
+        "mixed_ticks": m.mixed_ticks,
+        "exchanges": m.exchanges,
+        "exchange_us_per_tick": 1e6 * _ratio(m.exchange_seconds, m.exchanges),
     }
 
 
@@ -73,6 +79,7 @@ def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:
         ("",),
         ("preempted", f"{f['preemptions']:,}"),
         ("cache hits", f"{100 * _ratio(hits, queried):.1f} %", f"{hits:,} of", f"{queried:,} tokens"),
+        *(_balance(f, metrics.replicas) if metrics.replicas > 1 else ()),
         *more,
     ]
     return "\n".join(_line(*row) for row in rows)
@@ -80,6 +87,20 @@ def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:
 
 def _latency(figures: dict[str, Any], name: str) -> tuple[str, ...]:
     return (f"  {name.upper()}", *(f"{figures[f'{kind}_{name}_ms']:,.2f}" for kind in ("mean", "median", "p99")))
+
+
+def _balance(figures: dict[str, Any], replicas: int) -> list[tuple[str, ...]]:
+    """What replicas have to do with one another."""
+    f = figures
+    return [
+        ("",),
+        ("replicas", "idle tail", "frozen ticks", "mixed ticks", "exchange"),
+        (
+            f"  {replicas}",
+            *(f"{f['idle_tail_percent']:.1f} %", f"{f['frozen_ticks']:,}", f"{f['mixed_ticks']:,}"),
+            f"{f['exchange_us_per_tick']:,.0f} us/tick",
+        ),
+    ]
 
 
 def _line(label: str, *cells: str) -> str:

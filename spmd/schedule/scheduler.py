@@ -82,16 +82,19 @@ class Scheduler:
 
     # -- schedule ------------------------------------------------------------------------------------------------
 
-    def schedule(self, tick: int) -> Plan:
-        """The plan of this tick; empty if nothing can run. Its requests are in flight until `commit`."""
+    def schedule(self, tick: int, admit: bool = True) -> Plan:
+        """The plan of this tick; empty if nothing can run. Its requests are in flight until `commit`.
+
+        Without `admit` nobody who waits gets a seat; prompts that have one go on.
+        """
         if len(self._ring) == self.limits.slots:
             self._mature(self._ring.popleft())
         plan = Plan(tick)
         if not self.limits.exclusive:
             self._plan_decodes(plan)
-            self._plan_prompts(plan)
+            self._plan_prompts(plan, admit)
         else:
-            self._plan_prompts(plan)
+            self._plan_prompts(plan, admit)
             if not plan.requests:
                 self._plan_decodes(plan)
         self._finalise(plan)
@@ -177,13 +180,13 @@ class Scheduler:
         self._unseat(request)
         self.add(request)
 
-    def _plan_prompts(self, plan: Plan) -> None:
+    def _plan_prompts(self, plan: Plan, admit: bool) -> None:
         """Chunks of seated prompts first, then of newly admitted ones, while budget, seats and blocks last."""
-        budget = min(self.limits.max_num_batched_tokens - plan.num_decodes, self._prompt_share())
+        budget = min(self.limits.max_num_batched_tokens - plan.num_decodes, self._prompt_share(admit))
         places = self.limits.prefill_batch if self.limits.exclusive else self.limits.max_num_seqs
         queue = iter(list(self.prefilling))
         while budget > 0 and places > 0:
-            request = next(queue, None) or self._admit(plan)
+            request = next(queue, None) or (self._admit(plan) if admit else None)
             if request is None:
                 break
             count = min(len(request.tokens) - request.scheduled, budget)
@@ -195,7 +198,7 @@ class Scheduler:
             budget -= count
             places -= 1
 
-    def _prompt_share(self) -> int:
+    def _prompt_share(self, admit: bool) -> int:
         """Prompt tokens for this plan: a share of those that wait, so that micro-batches take about equal time.
 
         Source: token throttling of gLLM (arXiv 2504.14775), without its KV term: admission reserves a prompt's blocks.
@@ -203,7 +206,7 @@ class Scheduler:
         """
         if not self.limits.prefill_spread or self.limits.exclusive:
             return self.limits.max_num_batched_tokens
-        seated = [*self.prefilling, *self.waiting[: len(self._free_seats)]]
+        seated = [*self.prefilling, *self.waiting[: len(self._free_seats) if admit else 0]]
         pending = sum(len(request.tokens) - request.scheduled for request in seated)
         size = self.pool.block_size
         share = max(self.limits.prefill_min, pending // self.limits.prefill_spread)

@@ -14,7 +14,7 @@ from ranks import Ranks
 from tiny_tokenizer import make_tokenizer
 
 from spmd.build import start
-from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, check
+from spmd.config import BalanceConfig, Config, ModelConfig, SchedulerConfig, TopologyConfig, check
 from spmd.engine import Engine
 from spmd.io.reader import Reader
 from spmd.io.rows import RowParser
@@ -46,18 +46,28 @@ class Report:
     ticks: list[Tick] = field(default_factory=list)
     preemptions: int = 0
     cached_tokens: int = 0
+    exchanges: int | None = None  # of loads; None: this rank has none
+    frozen_ticks: int = 0
 
 
 def configure(
-    model: str, input: str, run_dir: str, topology: tuple[int, ...], layers: list[int] | None = None, **scheduler: Any
+    model: str,
+    input: str,
+    run_dir: str,
+    topology: tuple[int, ...],
+    layers: list[int] | None = None,
+    balance: BalanceConfig | None = None,
+    ep: bool = False,
+    **scheduler: Any,
 ) -> Config:
     """A checked configuration; `topology` is (dp, pp, tp). Small seats, blocks and chunks unless told otherwise."""
     dp, pp, tp = topology
     small = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 4, "lookahead": 0}
     config = Config(
         model=ModelConfig(path=model),
-        topology=TopologyConfig(dp, pp, tp, layers),
+        topology=TopologyConfig(dp, pp, tp, layers, ep),
         scheduler=SchedulerConfig(**small | scheduler),
+        balance=balance or BalanceConfig(),
         input=input,
         device="cpu",
         run_dir=run_dir,
@@ -78,10 +88,10 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = ()) -> Report:
     vocab_size = worker.arch.vocab_size
     parser = RowParser(tokenizer(), {}, config.sampling, worker.max_model_len, worker.capacity, vocab_size)
     assert config.input is not None
-    reader = Reader(config.input, parser, topology.dp_rank, topology.dp)
+    reader = Reader(config.input, parser)
     report = Report(worker.num_blocks, topology.is_leader)
     leader = Leader(tokenizer(), "tested", Metrics(), _keep(report)) if topology.is_leader else None
-    worker.run(iter(reader), leader, _watch(report, random.Random(rank), delays_ms[rank] if delays_ms else 0.0))
+    worker.run(reader, leader, _watch(report, random.Random(rank), delays_ms[rank] if delays_ms else 0.0))
     return report
 
 
@@ -109,6 +119,8 @@ def _watch(report: Report, rng: random.Random, delay_ms: float) -> Callable[[Eng
         report.ticks.append(Tick(plan.digest(), first, plan.padded_decodes, chunks, sampled))
         report.preemptions = scheduler.counters.preemptions
         report.cached_tokens = scheduler.counters.cached_tokens
+        report.exchanges = engine.exchange and engine.exchange.count
+        report.frozen_ticks = engine.balance.gate.frozen_ticks
         if delay_ms:
             time.sleep(rng.random() * delay_ms / 1000)
 
@@ -116,9 +128,16 @@ def _watch(report: Report, rng: random.Random, delay_ms: float) -> Callable[[Eng
 
 
 def run(ranks: Ranks, config: Config, drive: Callable[..., Report] = drive, *args: Any) -> list[Report]:
-    """Reports of all ranks, after asserting what holds for every run: ranks of a replica planned alike."""
+    """Reports of all ranks, after asserting what holds for every run.
+
+    Ranks of a replica plan alike; replicas exchange their loads once a tick and end at the same one.
+    """
     t = config.topology
     reports = ranks.run(t.dp * t.pp * t.tp, drive, config, *args)
+    ticks = len(reports[0].ticks)
+    for report in reports:
+        assert report.exchanges == (ticks if t.dp > 1 else None)
+        assert len(report.ticks) == ticks
     for replica in Topology(t.dp, t.pp, t.tp).replicas():
         first, *others = (reports[rank] for rank in replica)
         for other in others:

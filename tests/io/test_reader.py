@@ -9,6 +9,7 @@ from spmd.config import SamplingConfig
 from spmd.io import rows
 from spmd.io.reader import Reader
 from spmd.io.rows import BadRow, Job, RowParser
+from spmd.io.source import SKIPPED
 
 PARSER = RowParser(make_tokenizer(), {}, SamplingConfig(), MAX_MODEL_LEN, 1000, 269)
 
@@ -18,9 +19,18 @@ def write(path, lines):
     return str(path)
 
 
+def rows_of(reader, dp=1, dp_rank=0):
+    """The rows of one of `dp` replicas, which are dealt out in turn."""
+    taken = [reader.take(dp_rank == 0)]
+    while taken[-1] is not None:
+        taken.append(reader.take(len(taken) % dp == dp_rank))
+    assert all((row is SKIPPED) == (turn % dp != dp_rank) for turn, row in enumerate(taken[:-1]))
+    return taken[dp_rank:-1:dp]
+
+
 def read(path, dp=1):
     """Results of all replicas in the order of their rows."""
-    results = [result for dp_rank in range(dp) for result in Reader(path, PARSER, dp_rank, dp)]
+    results = [result for dp_rank in range(dp) for result in rows_of(Reader(path, PARSER), dp, dp_rank)]
     return sorted(results, key=lambda result: result.index)
 
 
@@ -32,7 +42,7 @@ def describe(results):
 def test_replicas_together_read_what_one_reads(tmp_path, dp):
     path = write(tmp_path / "in.jsonl", make_rows(300, 60))
     assert describe(read(path, dp)) == describe(read(path))
-    assert [result.index for result in Reader(path, PARSER, 1, dp)] == list(range(1, 360, dp))
+    assert [result.index for result in rows_of(Reader(path, PARSER), dp, 1)] == list(range(1, 360, dp))
 
 
 def test_a_thousand_rows_with_a_hundred_broken_ones(tmp_path):
@@ -62,13 +72,13 @@ def test_duplicates_are_found_across_replicas_and_the_first_wins(tmp_path):
 def test_blank_lines_count_nowhere_and_the_last_newline_may_be_missing(tmp_path):
     lines = [b"\n", b'{"prompt": "x"}\r\n', b"  \t\n", b"\r\n", b'{"prompt": "y"}']
     reader = Reader(write(tmp_path / "in.jsonl", lines), PARSER)
-    assert [(result.index, result.custom_id) for result in reader] == [(0, "row-0"), (1, "row-1")]
+    assert [(result.index, result.custom_id) for result in rows_of(reader)] == [(0, "row-0"), (1, "row-1")]
     assert (reader.rows, reader.consumed) == (2, reader.size)
 
 
 def test_it_streams(tmp_path):
     reader = Reader(write(tmp_path / "in.jsonl", [b'{"prompt": "hello"}\n'] * 1000), PARSER)
-    next(iter(reader))
+    assert isinstance(reader.take(True), Job)
     assert reader.rows == 1 and reader.consumed == reader.size // 1000
 
 
@@ -79,16 +89,17 @@ def test_a_line_too_large_to_hold_is_skipped(tmp_path, monkeypatch):
     for length in (99, 100, 101, 202, 1000):
         lines = [good, b"a" * length + b"\n", good, exact, b"a" * length]
         reader = Reader(write(tmp_path / "in.jsonl", lines), PARSER)
-        assert [type(result) for result in reader] == [Job, BadRow, Job, Job, BadRow], length
+        assert [type(result) for result in rows_of(reader)] == [Job, BadRow, Job, Job, BadRow], length
         assert reader.consumed == reader.size
 
 
 def test_memory_is_a_digest_a_row(tmp_path):
     lines = [json.dumps({"custom_id": f"{n:0200}"}).encode() + b"\n" for n in range(20000)]
     path = write(tmp_path / "in.jsonl", lines)
-    reader = Reader(path, PARSER, dp_rank=0, dp=10**6)
+    reader = Reader(path, PARSER)
     tracemalloc.start()
-    assert sum(1 for _ in reader) == 1
+    while reader.take(False):
+        pass
     assert reader.rows == 20000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -115,14 +126,15 @@ def test_an_input_without_permission(tmp_path, monkeypatch):
         Reader(path, PARSER)
 
 
-def test_answered_rows_are_passed_over_and_the_others_dealt_out_evenly(tmp_path):
+def test_answered_rows_are_passed_over_on_every_replica(tmp_path):
     path = write(tmp_path / "in.jsonl", [b'{"custom_id": "%d", "prompt": "hello"}\n' % row for row in range(20)])
     keys = {job.index: job.key for job in read(path)}
     answered = [keys[row] for row in range(0, 20, 2)]  # all of what replica 0 would have had
-    readers = [Reader(path, PARSER, dp_rank, 2, answered) for dp_rank in range(2)]
-    assert [[job.index for job in reader] for reader in readers] == [[1, 5, 9, 13, 17], [3, 7, 11, 15, 19]]
+    readers = [Reader(path, PARSER, answered) for _ in range(2)]
+    dealt = [rows_of(reader, 2, dp_rank) for dp_rank, reader in enumerate(readers)]
+    assert [[job.index for job in jobs] for jobs in dealt] == [[1, 5, 9, 13, 17], [3, 7, 11, 15, 19]]
     assert readers[0].placed == readers[1].placed == {keys[row]: row for row in range(0, 20, 2)}
-    assert not set(answered) & {job.key for job in Reader(path, PARSER, answered=answered, identity="another model")}
+    assert not set(answered) & {job.key for job in rows_of(Reader(path, PARSER, answered, "another model"))}
 
 
 def test_rows_appended_during_the_run_are_left_for_the_next(tmp_path):
@@ -130,4 +142,4 @@ def test_rows_appended_during_the_run_are_left_for_the_next(tmp_path):
     reader = Reader(path, PARSER)
     with open(path, "ab") as file:
         file.write(b'{"prompt": "late"}\n')
-    assert len(list(reader)) == 3
+    assert len(rows_of(reader)) == 3

@@ -1,17 +1,22 @@
-"""Experts in bfloat16 against float32: one by one on CPUs, in grouped products on GPUs, where a graph can hold them."""
+"""Experts in bfloat16 against float32: one by one on CPUs, in grouped products on GPUs, where a graph can hold them.
+
+Whole, and spread over ranks: then each rank adds its share, and nothing of what it doesn't own.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spmd.model.architecture import Architecture
 from spmd.model.backend import TorchBackend
 from spmd.model.kv_cache import KVCache
-from spmd.model.moe import Experts
+from spmd.model.moe import Experts, Routed
 from spmd.model.rope import RopeConfig
+from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
 
 NUM_EXPERTS, TOP_K, HIDDEN = 16, 4, 128
@@ -43,17 +48,17 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
 class Layer:
     """Experts with random weights and the backend they compute with."""
 
-    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16, rank: int = 0, size: int = 1) -> None:
         arch = replace(ARCH, dtype=dtype)
         self.backend = TorchBackend(arch, range(1), KVCache(arch, 1, 2, 16, device=device))
-        self.experts = Experts(arch, TensorParallel()).to(device)
+        self.experts = Experts(arch, TensorParallel(), ExpertParallel(rank, size)).to(device)
         generator = torch.Generator().manual_seed(0)
         for weight in self.experts.parameters():
-            drawn = torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5
-            weight.data.copy_(drawn.to(torch.bfloat16))
+            drawn = torch.randn(NUM_EXPERTS, *weight.shape[1:], generator=generator) / weight.shape[-1] ** 0.5
+            weight.data.copy_(drawn[self.experts.owned.start : self.experts.owned.stop].to(torch.bfloat16))
 
     def __call__(self, work: SimpleNamespace) -> Tensor:
-        return self.experts(work.x, work.weights, work.chosen, self.backend)
+        return self.experts(Routed(work.x, work.weights, work.chosen), self.backend)
 
 
 def work(choice: str, tokens: int, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> SimpleNamespace:
@@ -80,6 +85,44 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 def test_bfloat16_equals_float32(device: str, choice: str, tokens: int) -> None:
     exact = Layer("cpu", torch.float32)(work(choice, tokens, "cpu", torch.float32))
     assert distance(Layer(device)(work(choice, tokens, device)), exact) < TOLERANCE
+
+
+@devices
+@pytest.mark.parametrize("choice", ["any", "few", "same"])
+def test_shares_of_the_ranks_add_up(device: str, choice: str) -> None:
+    given = work(choice, 30, device)
+    given.chosen[7] = -1  # padding
+    exact = Layer("cpu", torch.float32)(work(choice, 30, "cpu", torch.float32))
+    shares = [Layer(device, rank=rank, size=4)(given).float().cpu() for rank in range(4)]
+    assert not any(share[7].any() for share in shares)
+    exact[7] = 0
+    assert distance(torch.stack(shares).sum(0), exact) < TOLERANCE
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_rows_behind_the_last_own_expert_may_hold_anything(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """grouped_mm leaves them as the memory was."""
+
+    def poisoned(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        product = grouped_mm(x, weight, offs=offs)
+        product[offs[-1] :] = float("nan")
+        return product
+
+    grouped_mm = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", poisoned)
+    layer, given = Layer("cpu", rank=rank, size=4), work("few", 30, "cpu")
+    expected = layer(given)
+    monkeypatch.setattr(layer.experts, "_one_by_one", layer.experts._grouped)
+    torch.testing.assert_close(layer(given), expected, rtol=0.02, atol=0.02)
+
+
+def test_what_travels_arrives() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        chosen = torch.tensor([[0, 1], [300, 32766]])
+        sent = Routed(torch.randn(2, 8).to(dtype), torch.rand(2, 2).to(dtype), chosen)
+        x, weights, experts = Routed.unpacked(F.pad(sent.packed(), (0, 0, 0, 1)), top_k=2)
+        assert torch.equal(x[:2], sent.x) and torch.equal(weights[:2], sent.weights)
+        assert experts.tolist() == [*chosen.tolist(), [-1, -1]]
 
 
 @pytest.mark.gpu

@@ -86,6 +86,16 @@ def test_merge_sums_busy_time_by_stage_and_keeps_the_slowest_wall() -> None:
     assert parts[0].stages == {0: StageTime(0, 10)}
 
 
+def test_merge_keeps_what_all_ranks_know_and_sums_what_each_replica_saw() -> None:
+    leaders = [
+        Metrics(replicas=1, idle_seconds=idle, frozen_ticks=3, mixed_ticks=7, exchanges=50, exchange_seconds=idle / 10)
+        for idle in (1.0, 2.0)
+    ]
+    whole = merge([*leaders, Metrics(mixed_ticks=7, exchanges=50, exchange_seconds=0.5)])
+    assert (whole.replicas, whole.idle_seconds, whole.frozen_ticks) == (2, 3.0, 6)
+    assert (whole.mixed_ticks, whole.exchanges, whole.exchange_seconds) == (7, 50, 0.5)
+
+
 def test_survives_the_trip_to_rank_zero() -> None:
     metrics = Metrics()
     serve([metrics])

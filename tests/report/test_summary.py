@@ -63,6 +63,18 @@ def test_table_holds_the_figures_in_aligned_columns(metrics: Metrics) -> None:
     assert len({len(lines[label]) for label in ("rows", "latency", "TTFT", "E2EL", "cache")}) == 1
 
 
+def test_replicas_have_a_line_of_their_own(metrics: Metrics) -> None:
+    assert "replicas" not in table(metrics)
+    metrics.replicas, metrics.idle_seconds, metrics.frozen_ticks, metrics.mixed_ticks = 2, 5.0, 1_234, 56
+    metrics.exchanges, metrics.exchange_seconds = 1_000, 0.25
+    figures = as_dict(metrics)
+    assert figures["idle_tail_percent"] == pytest.approx(25)
+    assert figures["exchange_us_per_tick"] == pytest.approx(250)
+    below = table(metrics).splitlines()
+    line = below[next(number for number, line in enumerate(below) if line.startswith("replicas")) + 1]
+    assert line.split() == ["2", "25.0", "%", "1,234", "56", "250", "us/tick"]
+
+
 def test_json_is_valid_also_when_nothing_was_done(metrics: Metrics, tmp_path: Path) -> None:
     for each in (metrics, Metrics()):
         line = json_line(each, workload="cpu")

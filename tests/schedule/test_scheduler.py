@@ -19,7 +19,7 @@ def warmed_up(simulation, num_requests):
 
 
 def test_imports_no_torch():
-    code = "import sys; import spmd.schedule.scheduler; sys.exit('torch' in sys.modules)"
+    code = "import sys; import spmd.schedule.scheduler, spmd.schedule.balance; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -234,3 +234,21 @@ def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
         simulation = run_all(make_scheduler(**sizes), [make_request(*args) for args in shape])
         copies.append([plan.digest() for plan in simulation.plans])
     assert copies[0] == copies[1]
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("prefill_spread", [0, 4])
+def test_without_admission_seated_prompts_and_decodes_go_on(exclusive, prefill_spread):
+    limits = {"max_num_batched_tokens": 8, "exclusive": exclusive, "prefill_spread": prefill_spread}
+    simulation = Simulation(make_scheduler(pp=1, **limits))
+    seated, late = make_request(0, prompt=20, max_tokens=9), make_request(1)
+    simulation.add([seated]).tick()
+    simulation.add([late])
+    for tick in range(1, 9):
+        simulation.commit()
+        plan = simulation.scheduler.schedule(tick, False)
+        simulation.ring.append(plan)
+        simulation.check(plan)
+        assert plan.requests == [seated]
+    assert simulation.scheduler.waiting == [late] and seated.num_output > 0
+    assert sorted(request.index for request in simulation.run()) == [0, 1]

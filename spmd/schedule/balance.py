@@ -1,0 +1,175 @@
+"""Data-parallel balance: whose the next row is, when new requests may be admitted, and when all work is done.
+
+Replicas tell each other one `Load` a tick. What tick t knows is what all replicas told at tick `t - 1 - lag`, on every
+rank the same, so all ranks come to the same decisions at the same tick and nobody has to announce one. Replicas are
+at most `lag` ticks apart. A single replica tells nobody anything, takes every row and admits at once.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+EXHAUSTED = 1  # flag: the list has no more rows
+RESERVE = 8  # seats to one row that waits for one
+
+
+class Load(NamedTuple):
+    """What a replica tells at the end of a tick; int32 each. All its ranks tell the same."""
+
+    running: int  # seated requests
+    waiting: int
+    free_blocks: int
+    prompt_tokens: int  # of this tick's plan
+    decode_rows: int  # of this tick's plan
+    rows: int  # of this tick's forward, padding included
+    claimed: int  # own rows taken from the list so far
+    flags: int
+    digest: int  # 31 bits of all plans so far; only carried, for a guard to come
+    tokens: int  # output tokens committed in this tick
+
+
+@dataclass(frozen=True)
+class Rules:
+    """See `spmd.config.BalanceConfig` for the keys."""
+
+    max_num_seqs: int
+    by_priority: bool = False
+    dp: int = 1
+    dp_rank: int = 0
+    share: str = "dynamic"
+    gate: str = "off"
+    interval: int = 2
+    patience: int = 64
+    lag: int = 4
+
+
+class Turns:
+    """share=static: row i is replica `i % dp`'s. Each reads on, past the others' rows, when it has room itself."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.wanted = rules.max_num_seqs * (2 if rules.by_priority else 1)  # by priority: look at as many again
+        self.turn = -1
+
+    def see(self, loads: Sequence[Load] | None) -> None:
+        """Which replica has how much to do makes no difference."""
+
+    def next(self, held: int) -> bool | None:
+        """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""
+        if held >= self.wanted:
+            return None
+        self.turn += 1
+        return self.turn % self.rules.dp == self.rules.dp_rank
+
+
+class Demand:
+    """share=dynamic: the next row is the replica's that lacks most, as far as is known to all.
+
+    A replica should have a request for every seat and a few that wait, so that seats which become free are filled at
+    once although the others learn of it `1 + lag` ticks late: a seat in RESERVE refills all if requests have some
+    `8 * (1 + lag)` tokens or more. More would wait in vain at one replica while another runs dry at the end.
+    Rows allotted since the loads were told count as one request each; `n` > 1 shows in later loads.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        seats = rules.max_num_seqs
+        self.wanted = 2 * seats if rules.by_priority else seats + -(-seats // RESERVE)
+        self.lacks = [self.wanted] * rules.dp
+        self.free_blocks = [0] * rules.dp
+        self.allotted = [0] * rules.dp  # in this tick
+        self.recent: deque[list[int]] = deque(maxlen=rules.lag)  # in ticks that the loads don't show
+
+    def see(self, loads: Sequence[Load] | None) -> None:
+        """A tick begins, with the latest loads; None: there are none yet, so the replicas are empty."""
+        self.recent.append(self.allotted)
+        self.allotted = [0] * self.rules.dp
+        for replica in range(self.rules.dp):
+            has = sum(allotted[replica] for allotted in self.recent)
+            if loads:
+                has += loads[replica].running + loads[replica].waiting
+                self.free_blocks[replica] = loads[replica].free_blocks
+            self.lacks[replica] = self.wanted - has
+
+    def next(self, held: int) -> bool | None:
+        """Whether the next row is this replica's; None: nobody needs it yet. Every rank must ask until then."""
+        lacks, free = self.lacks, self.free_blocks
+        replica = max(range(self.rules.dp), key=lambda replica: (lacks[replica], free[replica], -replica))
+        if lacks[replica] <= 0:
+            return None
+        lacks[replica] -= 1
+        self.allotted[replica] += 1
+        return replica == self.rules.dp_rank
+
+
+class Gate:
+    """Holds back requests that could be seated, so that replicas fill their seats at the same ticks.
+
+    Never a replica with nobody running: it would stand still. And none for more than `patience` ticks on end: one
+    that runs long requests on all its seats would stop the others for as long.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.full = rules.max_num_seqs - (rules.gate == "near")
+        self.held = 0  # ticks for which somebody has been held back
+        self.frozen_ticks = 0  # such ticks in all
+
+    def open(self, loads: Sequence[Load] | None, tick: int, running: int, waiting: int) -> bool:
+        """Whether this replica may admit in this tick, given its own requests."""
+        if not self._closed(loads, tick):
+            self.held = 0
+            return True
+        if not waiting or running == self.rules.max_num_seqs:
+            self.held = 0
+            return False
+        if not running or self.held == self.rules.patience:
+            self.held = 0
+            return True
+        self.held += 1
+        self.frozen_ticks += 1
+        return False
+
+    def _closed(self, loads: Sequence[Load] | None, tick: int) -> bool:
+        if self.rules.gate == "off":
+            return False
+        if self.rules.gate == "interval":
+            return tick % self.rules.interval != 0
+        return loads is not None and any(load.running >= self.full for load in loads)
+
+
+class Balance:
+    """One replica's part in the balance; equal on all its ranks."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.deal = Demand(rules) if rules.dp > 1 and rules.share == "dynamic" else Turns(rules)
+        self.gate = Gate(rules)
+        self.loads: Sequence[Load] | None = None  # of all replicas, the latest known
+        self.over = False  # no replica has or gets any more work; true at the same tick everywhere
+        self.mixed_ticks = 0  # one replica ran prompts while another only decoded
+        self.tokens = 0  # output tokens of all replicas
+
+    def see(self, loads: Sequence[Load] | None) -> None:
+        """A tick begins, with what all replicas told `1 + lag` ticks ago. Called at every tick if dp > 1."""
+        self.deal.see(loads)
+        if loads is None:
+            return
+        self.loads = loads
+        self.over = all(load.flags & EXHAUSTED and not load.running + load.waiting for load in loads)
+        self.tokens += sum(load.tokens for load in loads)
+        self.mixed_ticks += _mixed(loads)
+
+    def next(self, held: int) -> bool | None:
+        """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""
+        return self.deal.next(held)
+
+    def admits(self, tick: int, running: int, waiting: int) -> bool:
+        """Whether waiting requests may be seated in this tick."""
+        return self.rules.gate == "off" or self.gate.open(self.loads, tick, running, waiting)
+
+
+def _mixed(loads: Sequence[Load]) -> bool:
+    prompts = any(load.prompt_tokens for load in loads)
+    return prompts and any(load.decode_rows and not load.prompt_tokens for load in loads)

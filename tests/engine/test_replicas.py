@@ -1,0 +1,126 @@
+"""Replicas that share one list: the tokens are right, and all ranks exchange as often and end at the same tick."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driver import Report, answers, configure, drive, run
+from oracle import Task
+from ranks import Ranks
+
+from spmd.config import BalanceConfig
+
+TOPOLOGIES = {"dp2": (2, 1, 1), "dp4": (4, 1, 1), "dp2pp2": (2, 2, 1), "dp2tp2": (2, 1, 2)}
+BALANCES = {
+    "dynamic": BalanceConfig(),
+    "lockstep": BalanceConfig(lag=0),
+    "saturated": BalanceConfig(gate="saturated", patience=5),
+    "near": BalanceConfig(gate="near", patience=3),
+    "interval": BalanceConfig(gate="interval", interval=3),
+    "static": BalanceConfig(share="static"),
+    "static_saturated": BalanceConfig(share="static", gate="saturated"),
+}
+
+
+@pytest.fixture
+def qwen3(task: Callable[[str], Task]) -> Task:
+    return task("qwen3")
+
+
+def rows_of(reports: list[Report], topology: tuple[int, int, int]) -> list[int]:
+    """Rows answered by each replica."""
+    dp, pp, tp = topology
+    return [len(reports[(replica * pp + pp - 1) * tp].answers) for replica in range(dp)]
+
+
+def combinations() -> list[tuple[str, str]]:
+    """Every balance on two topologies, the two that differ most on all."""
+    return [
+        (t, b) for t in TOPOLOGIES for b in BALANCES if t in ("dp2", "dp2pp2") or b in ("dynamic", "static_saturated")
+    ]
+
+
+@pytest.mark.parametrize(("topology", "balance"), combinations())
+def test_pitfall_1_balance_changes_no_token(
+    ranks: Ranks, qwen3: Task, tmp_path: Path, topology: str, balance: str
+) -> None:
+    config = configure(
+        qwen3.model, qwen3.input, str(tmp_path), TOPOLOGIES[topology], balance=BALANCES[balance], max_num_seqs=2
+    )
+    reports = run(ranks, config)
+    assert answers(reports) == qwen3.answers
+    assert min(rows_of(reports, TOPOLOGIES[topology])) > 1
+    assert config.balance.gate != "off" or not any(report.frozen_ticks for report in reports)
+
+
+def random_runs(number: int, seed: int = 0) -> list[tuple[str, BalanceConfig, dict[str, Any], tuple[float, ...]]]:
+    rng = random.Random(seed)
+    return [
+        (
+            rng.choice([*TOPOLOGIES]),
+            BalanceConfig(
+                share=rng.choice(["dynamic", "dynamic", "static"]),
+                gate=rng.choice(["off", "saturated", "near", "interval"]),
+                patience=rng.choice([1, 8]),
+                lag=rng.randrange(6),
+            ),
+            {
+                "max_num_seqs": rng.randint(2, 8),
+                "async_depth": rng.randrange(2),
+                "lookahead": rng.randrange(2),
+                "prefill": rng.choice(["mixed", "exclusive"]),
+                "policy": rng.choice(["fcfs", "priority"]),
+                "num_blocks": rng.choice([None, 18]),
+            },
+            tuple(rng.choice([0.0, 1.0, 4.0]) for _ in range(4)),
+        )
+        for _ in range(number)
+    ]
+
+
+@pytest.mark.parametrize(("topology", "balance", "options", "delays_ms"), random_runs(10))
+def test_pitfall_15_as_many_exchanges_on_every_rank_whoever_is_late(
+    ranks: Ranks,
+    qwen3: Task,
+    tmp_path: Path,
+    topology: str,
+    balance: BalanceConfig,
+    options: dict[str, Any],
+    delays_ms: tuple[float, ...],
+) -> None:
+    """`run` compares the counts; what each replica plans is the same without delays."""
+    config = configure(qwen3.model, qwen3.input, str(tmp_path), TOPOLOGIES[topology], balance=balance, **options)
+    late, prompt = run(ranks, config, drive, delays_ms), run(ranks, config)
+    assert answers(late) == answers(prompt) == qwen3.answers
+    assert [report.ticks for report in late] == [report.ticks for report in prompt]
+
+
+@pytest.mark.parametrize("share", ["dynamic", "static"])
+@pytest.mark.parametrize(("dp", "rows"), [(2, 1), (4, 3), (3, 7)])
+def test_pitfall_14_a_list_shorter_than_the_replicas(
+    ranks: Ranks, qwen3: Task, tmp_path: Path, dp: int, rows: int, share: str
+) -> None:
+    lines = Path(qwen3.input).read_text().splitlines(keepends=True)[:rows]
+    (tmp_path / "few.jsonl").write_text("".join(lines))
+    balance = BalanceConfig(share=share)
+    reports = run(ranks, configure(qwen3.model, f"{tmp_path}/few.jsonl", str(tmp_path), (dp, 1, 1), balance=balance))
+    assert answers(reports) == {f"greedy-{row}": qwen3.answers[f"greedy-{row}"] for row in range(rows)}
+    assert rows_of(reports, (dp, 1, 1)) == [len(range(replica, rows, dp)) for replica in range(dp)]
+
+
+@pytest.mark.parametrize(("seats", "gate"), [(1, "saturated"), (1, "interval"), (2, "saturated"), (2, "near")])
+def test_pitfall_16_few_seats_behind_a_gate(ranks: Ranks, qwen3: Task, tmp_path: Path, seats: int, gate: str) -> None:
+    balance = BalanceConfig(gate=gate)
+    config = configure(qwen3.model, qwen3.input, str(tmp_path), (3, 1, 1), balance=balance, max_num_seqs=seats)
+    assert answers(run(ranks, config)) == qwen3.answers
+
+
+def test_pitfall_16_one_replica_exchanges_nothing(ranks: Ranks, qwen3: Task, tmp_path: Path) -> None:
+    balance = BalanceConfig(gate="saturated", patience=1)
+    config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 1), balance=balance)
+    reports = run(ranks, config)
+    assert answers(reports) == qwen3.answers
+    assert [report.exchanges for report in reports] == [None, None]
+    assert [report.frozen_ticks for report in reports] == [0, 0]
