@@ -355,9 +355,9 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(here: Path) -> None:
     (here / "failing.py").write_text(
         "from spmd.generate import generate\nfrom spmd.model.stage import Stage\nfrom spmd.runtime import main\n"
         "run = Stage.run\n"
-        "def failing(self, plan):\n"
+        "def failing(self, plan, *rest):\n"
         "    if plan.tick == 5 and self.forward.decoder.first: raise RuntimeError('out of memory, say')\n"
-        "    return run(self, plan)\n"
+        "    return run(self, plan, *rest)\n"
         "Stage.run = failing\nmain(generate)\n"
     )
     command = torchrun(2, "topology=pp2", DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)

@@ -80,7 +80,7 @@ def random_runs(number: int, seed: int = 0) -> list[tuple[str, BalanceConfig, di
     ]
 
 
-@pytest.mark.parametrize(("topology", "balance", "options", "delays_ms"), random_runs(10))
+@pytest.mark.parametrize(("topology", "balance", "options", "delays_ms"), random_runs(6))
 def test_pitfall_15_as_many_exchanges_on_every_rank_whoever_is_late(
     ranks: Ranks,
     qwen3: Task,
