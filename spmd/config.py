@@ -111,6 +111,20 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What ends a run whose ranks have drifted apart, died or gone silent."""
+
+    enabled: bool = True
+    timeout: float = 30.0  # seconds in which every surviving rank has ended, once one is dead, silent or different
+    startup_timeout: float = 3600.0  # seconds that a rank may take to load its weights while the others wait
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    device_memory: float | None = None  # GiB of the smallest device, for `spmd.preflight` where there is none
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
@@ -120,10 +134,13 @@ class Config:
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     input: str | None = None
     output: str | None = None
     output_order: str = "input"  # input: answers stand in input order at the end; completion: as they finished
-    resume: str = "auto"  # auto: keep what an interrupted run with this output answered; fresh: answer all rows anew
+    shard: list[int] | None = None  # [i, n]: only every n-th row from row i on, into an output of its own; null: all
+    resume: str = "auto"  # auto: pass over rows done by earlier runs; retry_errors: not if in vain; fresh: over none
     device: str = "auto"  # auto, cpu, cuda
     run_dir: str | None = None  # logs and summary of this run; null: runs/<SLURM job id or start time>
     progress: bool = True
@@ -137,7 +154,7 @@ CHOICES = {
     "scheduler.policy": ("fcfs", "priority"),
     "balance.share": ("dynamic", "static"),
     "balance.gate": ("off", "saturated", "near", "interval"),
-    "resume": ("auto", "fresh"),
+    "resume": ("auto", "fresh", "retry_errors"),
     "output_order": ("input", "completion"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -162,6 +179,8 @@ AT_LEAST = {
     "workload.num_prompts": 1,
     "bench.bandwidth": 1,
     "bench.flops": 1,
+    "guard.timeout": 2,
+    "guard.startup_timeout": 10,
 }
 
 
