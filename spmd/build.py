@@ -26,7 +26,8 @@ from spmd.leader import Leader
 from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.build import build_stage, count_blocks, load_decoder, max_model_len, stages, use_flashinfer
 from spmd.model.stage import Stage
-from spmd.parallel.groups import Groups, connect
+from spmd.parallel.groups import Groups, connect, join
+from spmd.parallel.guard import guarded
 from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketWire
 from spmd.report.metrics import Metrics, merge
@@ -35,6 +36,8 @@ from spmd.runtime import choose_device, log, open_run_dir, together
 from spmd.schedule.balance import Balance, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.schedule.trail import Trail
+from spmd.signals import Stop
 from spmd.topology import Topology
 
 
@@ -50,6 +53,7 @@ class Worker:
     stage: Stage
     num_blocks: int  # KV blocks of the replica
     run_dir: Path
+    stop: Stop
     phases: Phases  # of start-up
 
     @property
@@ -67,18 +71,24 @@ class Worker:
         leader: Leader | None,
         watch: Callable[[Engine], None] | None = None,
     ) -> Metrics | None:
-        """Answer all rows of `source`; on rank 0 returns the figures of all ranks."""
+        """Answer all rows of `source`, or those until all ranks stop; on rank 0 returns the figures of all ranks."""
         t, metrics = self.topology, leader.metrics if leader else Metrics()
         packets = PacketWire(self.groups.packets, t.leader, t.is_leader, self.config.scheduler.max_num_seqs)
         scheduler = build_scheduler(self.config, self.num_blocks, self.device)
         balance = build_balance(self.config, t)
         exchange = LoadExchange(self.groups.load, t.dp, balance.rules.lag) if self.groups.load else None
         lockstep = self.groups.experts is not None
-        engine = Engine(scheduler, self.stage, packets, source, balance, leader, exchange, lockstep, watch)
         log.info("start-up: %s", self.phases)
-        started, busy = perf_counter(), self.stage.clock.total()
-        engine.run()
-        ended = perf_counter()
+        guard = guarded(t, self.config.guard, self.run_dir / "logs", self.stop, self.device.type == "cpu")
+        with guard as recorder, self.stop.gentle():
+            trail = Trail(recorder.write) if recorder else None
+            engine = Engine(
+                scheduler, self.stage, packets, source, balance, leader, exchange, lockstep, self.stop, trail, watch
+            )
+            started, busy = perf_counter(), self.stage.clock.total()
+            engine.run()
+            ended = perf_counter()
+        self.stop.stopped = engine.stopped
         busy = self.stage.clock.total() - busy
         metrics.stopped(t.pp_rank, busy, ended - started, self.phases.total)
         if exchange:
@@ -94,7 +104,9 @@ class Worker:
         return _gather(metrics, t)
 
 
-def start(config: Config, topology: Topology, check: Callable[[], None] | None = None) -> Worker:
+def start(
+    config: Config, topology: Topology, stop: Stop | None = None, check: Callable[[], None] | None = None
+) -> Worker:
     """Bring up this rank. `check` is the main's own check of files, made by every rank before weights load.
 
     Raises:
@@ -105,7 +117,9 @@ def start(config: Config, topology: Topology, check: Callable[[], None] | None =
     arch = model_shape(config, topology)
     device = choose_device(config)
     use_flashinfer(config, arch, device)
-    groups = connect(topology, device, lookahead(config, device.type) > 0, config.topology.ep)
+    if topology.world_size > 1:
+        join(config.guard.startup_timeout)
+    groups = connect(topology, device, lookahead(config, device.type) > 0, config.topology.ep, config.guard.timeout)
     run_dir = open_run_dir(config, topology)
     if check:
         together(topology, check)
@@ -119,7 +133,7 @@ def start(config: Config, topology: Topology, check: Callable[[], None] | None =
     gc.collect()
     gc.freeze()  # what start-up left is kept anyway: no collection in the loop needs to look at it, for 0.1 s each
     phases.end("cache and kernels")
-    return Worker(config, topology, groups, device, arch, stage, num_blocks, run_dir, phases)
+    return Worker(config, topology, groups, device, arch, stage, num_blocks, run_dir, stop or Stop(), phases)
 
 
 def _gather(metrics: Metrics, topology: Topology) -> Metrics | None:

@@ -5,12 +5,10 @@ they stay so because the only news, sampled tokens and which requests ended, arr
 tell each other their loads, and from equal loads all ranks draw equal conclusions.
 """
 
-from array import array
 from collections import deque
 from collections.abc import Callable
 from itertools import count
 from time import perf_counter
-from zlib import crc32
 
 from spmd.io.rows import Job
 from spmd.io.source import Skipped, Source
@@ -18,10 +16,12 @@ from spmd.leader import Leader
 from spmd.model.sampler import Sampled
 from spmd.model.stage import Stage
 from spmd.parallel.load import LoadExchange
-from spmd.parallel.packet import PacketWire
+from spmd.parallel.packet import UNMARKED, Packet, PacketWire
 from spmd.schedule.balance import EXHAUSTED, Balance, Load
 from spmd.schedule.plan import Plan
 from spmd.schedule.scheduler import Scheduler
+from spmd.schedule.trail import Diverged, Trail, first_difference
+from spmd.signals import Stop
 
 
 class Engine:
@@ -37,12 +37,16 @@ class Engine:
         leader: Leader | None,
         exchange: LoadExchange | None = None,
         lockstep: bool = False,
+        stop: Stop | None = None,
+        trail: Trail | None = None,
         watch: Callable[["Engine"], None] | None = None,
     ) -> None:
         """`leader` is None on all ranks of a replica but one, `exchange` where there is one replica.
 
         `lockstep`: replicas share experts, so each tick they agree on the rows of a forward before it; the exchange
-        must have no lag. `watch` is called after every tick: progress, traces, tests.
+        must have no lag. `stop`: where the leader finds that the run is to stop early. `trail`: the replica's ranks
+        compare at each tick what they did; all have one or none has. `watch` is called after every tick: progress,
+        traces, tests.
         """
         self.scheduler = scheduler
         self.stage = stage
@@ -53,24 +57,32 @@ class Engine:
         self.exchange = exchange
         self.lockstep = lockstep
         self.told: list[Load] | None = None  # in lockstep, what was told in the last tick
+        self.stop = stop or Stop()
+        self.trail = trail
         self.watch = watch
         self.ring: deque[Plan] = deque()  # plans in flight, oldest first
         self.unjudged: deque[tuple[Plan, Sampled | None]] = deque()  # the latest of these; on the leader alone
         self.exhausted = False
         self.rows = 0  # taken from the source for this replica
+        self.passed = 0  # rows of the source gone through, for any replica
         self.output_tokens = 0
         self.told_tokens = 0  # of these, in loads
-        self.digest = 0  # of all plans
+        self.stopped = 0  # who asked to stop, as the leader passed it on; 0: nobody
         self.last_finish = 0.0  # on perf_counter's clock, on the leader; 0: none yet
 
     def run(self) -> None:
-        """Tick until every row is answered."""
+        """Tick until every row is answered, or somebody asks to stop; then what is in flight is still committed.
+
+        Raises:
+            Diverged: this rank and the leader of its replica, or two replicas, are no longer alike.
+        """
         for tick in count():
             self.tick(tick)
             if self.watch:
                 self.watch(self)
             if self.over:
                 break
+        self.stopped = self.balance.stopped or self.stopped
         while self.ring:
             self._commit(self.ring.popleft())
         self.stage.drain()
@@ -79,8 +91,10 @@ class Engine:
 
     @property
     def over(self) -> bool:
-        """Whether no replica has anything left to do; on all of them after the same tick."""
-        return self.balance.over if self.exchange else self.exhausted and not self.scheduler.num_requests
+        """Whether no replica has anything left to do, or all stop early; on all of them after the same tick."""
+        if self.exchange:
+            return self.balance.over or self.balance.stopped > 0
+        return self.stopped > 0 or (self.exhausted and not self.scheduler.num_requests)
 
     def tick(self, tick: int) -> None:
         scheduler = self.scheduler
@@ -90,6 +104,8 @@ class Engine:
             self.balance.see(self.told if self.lockstep else self._listen(self.exchange))
         self._feed()
         plan = scheduler.schedule(tick, self.balance.admits(tick, scheduler.num_running, len(scheduler.waiting)))
+        if self.trail:
+            plan.marks = self.trail.plan(plan)
         rows = None
         if self.exchange:
             self.exchange.launch(self._load(plan))
@@ -99,7 +115,7 @@ class Engine:
         sampled = self.stage.run(plan, rows)
         self.ring.append(plan)
         if not self.leader:
-            self.packets.post((), ())
+            self.packets.post()
         else:
             self.unjudged.append((plan, sampled))
             if len(self.unjudged) > self.stage.defer:
@@ -108,14 +124,20 @@ class Engine:
     def _judge(self, leader: Leader) -> None:
         """Post the packet of the oldest plan that has none."""
         plan, sampled = self.unjudged.popleft()
-        self.packets.post(*leader.judge(plan, sampled) if sampled else ((), ()))
+        tokens, finished = leader.judge(plan, sampled) if sampled else ([], [])
+        self.packets.post(Packet(tokens, finished, self.stop.asked, plan.marks or UNMARKED))
 
     def _commit(self, plan: Plan) -> None:
         if self.leader and self.unjudged and self.unjudged[0][0] is plan:
             self._judge(self.leader)
-        tokens, finished = self.packets.take()
+        packet = self.packets.take()
+        if self.trail:
+            if difference := first_difference(plan.marks, packet.marks):
+                raise Diverged(f"tick {plan.tick}: {difference} differ from the leader's")
+            self.trail.commit(packet.tokens, packet.finished)
+        self.stopped = self.stopped or packet.stop
         self.output_tokens += [request.finished for request in plan.sampled].count(False)
-        done = self.scheduler.commit(plan, tokens, finished)
+        done = self.scheduler.commit(plan, packet.tokens, packet.finished)
         if self.leader and done:
             for request in done:
                 self.leader.finish(request)
@@ -133,6 +155,7 @@ class Engine:
             if row is None:
                 self.exhausted = True
                 break
+            self.passed += 1
             if isinstance(row, Skipped):
                 continue
             self.rows += 1
@@ -146,8 +169,6 @@ class Engine:
         """What the other replicas are told about this tick."""
         scheduler = self.scheduler
         tokens, self.told_tokens = self.output_tokens - self.told_tokens, self.output_tokens
-        if plan.requests:
-            self.digest ^= crc32(array("q", [plan.tick, *plan.starts, *plan.counts])) & 0x7FFFFFFF
         return Load(
             running=scheduler.num_running,
             waiting=len(scheduler.waiting),
@@ -157,6 +178,7 @@ class Engine:
             rows=plan.num_rows,
             claimed=self.rows,
             flags=EXHAUSTED if self.exhausted else 0,
-            digest=self.digest,
+            stop=self.stopped,
+            passed=self.passed,
             tokens=tokens,
         )

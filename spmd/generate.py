@@ -21,10 +21,11 @@ from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
 from spmd.report.watch import all_of
 from spmd.runtime import from_rank_0, main, together
+from spmd.signals import Stop, name
 from spmd.topology import Topology
 
 
-def generate(config: Config, topology: Topology) -> None:
+def generate(config: Config, topology: Topology, stop: Stop) -> None:
     """Answer every row of `config.input`.
 
     Raises:
@@ -43,7 +44,7 @@ def generate(config: Config, topology: Topology) -> None:
         if topology.rank == 0:
             answered.extend(prepare_output(output, input, config.resume == "auto"))
 
-    worker = start(config, topology, check_files)
+    worker = start(config, topology, stop, check_files)
     answered, size, now = from_rank_0(topology, (answered, size, datetime.now()))
     parser = together(topology, lambda: _parser(worker, now))
     reader = Reader(input, parser, answered, _identity(config), size)
@@ -57,6 +58,13 @@ def generate(config: Config, topology: Topology) -> None:
     if writer:
         writer.close()
     together(topology, lambda: None)  # every part is closed
+    if stop.stopped:
+        if metrics:
+            print(
+                f"stopped by {name(stop.stopped)} with {metrics.rows_ok + metrics.rows_failed:,} rows done; "
+                f"start again with output={output} to go on"
+            )
+        return
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
         merge(output, topology.dp, config.output_order, reader.placed)

@@ -5,11 +5,11 @@ An error that every rank sees alike is told by rank 0; one that a single rank se
 
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,33 +17,49 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from spmd.cluster import adopt_slurm
 from spmd.compose import CONF, USAGE, compose, tell
 from spmd.config import Config, check, warnings
 from spmd.parallel.groups import disconnect
+from spmd.signals import STOPPED, Stop, listening, report
 from spmd.topology import Topology
 
 T = TypeVar("T")
 log = logging.getLogger("spmd")
 
 
-def main(work: Callable[[Config, Topology], None]) -> None:
+def main(work: Callable[[Config, Topology, Stop], None]) -> None:
     """Compose the configuration from the command line and run `work` on this rank.
 
-    A ValueError becomes one line from rank 0 and exit status 2, without a traceback.
+    Exit status: 0 done; 75 stopped by a signal; 2 a ValueError, which rank 0 tells in one line; 1 anything else.
     """
+    try:
+        adopt_slurm(os.environ)
+    except ValueError as error:
+        tell(error, int(os.environ.get("SLURM_PROCID", "0")))
+        sys.exit(USAGE)
     rank = int(os.environ.get("RANK", "0"))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank at once, also one that waits for another
     os.environ.setdefault("SPMD_HOME", str(CONF.parent))  # where model=demo lies
+    with listening(rank) as stop:
+        status = _work(work, rank, stop)
+        if rank == 0:
+            report(status)
+    if status:
+        sys.exit(status)
+
+
+def _work(work: Callable[[Config, Topology, Stop], None], rank: int, stop: Stop) -> int:
     try:
         config = compose(quiet=rank != 0)
         check(config, int(os.environ.get("WORLD_SIZE", "1")))
         t = config.topology
-        work(config, Topology(t.dp, t.pp, t.tp, rank))
+        work(config, Topology(t.dp, t.pp, t.tp, rank), stop)
         disconnect()
+        return STOPPED if stop.stopped else 0
     except ValueError as error:
         log.info("ended", exc_info=True)
         tell(error, rank)
-        sys.exit(USAGE)
+        return USAGE
     except Exception:
         log.exception("rank %d failed", rank)
         if "RANK" not in os.environ:
@@ -133,7 +149,10 @@ def _make_run_dir(config: Config) -> str:
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
     chosen = config.run_dir or f"runs/{os.environ.get('SLURM_JOB_ID', f'{started}-{os.getpid()}')}"
     logs = Path(chosen) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    if logs.exists():  # of an earlier attempt
+        attempts = (Path(chosen) / f"logs.{number}" for number in count(1))
+        logs.rename(next(path for path in attempts if not path.exists()))
+    logs.mkdir(parents=True)
     (logs.parent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     return chosen
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
 
 def run_here(*overrides: str) -> int:
     """Run a job as the one rank of this process, which it leaves as it found it; returns the exit status."""
-    argv, interrupt, threads = sys.argv, signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    argv, threads = sys.argv, torch.get_num_threads()
     log = logging.getLogger("spmd")
     try:
         sys.argv = ["generate.py", *overrides]
@@ -56,7 +55,6 @@ def run_here(*overrides: str) -> int:
         return int(end.code or 0)
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGINT, interrupt)
         torch.set_num_threads(threads)
         for handler in log.handlers[:]:
             log.removeHandler(handler)

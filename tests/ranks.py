@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -49,8 +50,12 @@ class Ranks:
         self.stop()
         self.folder.cleanup()
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(
+        self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0, grace: float = 0.0
+    ) -> list[Any]:
         """Results, by rank, of `function(rank, *args)` on ranks 0 .. size - 1. All must be picklable.
+
+        `grace`: seconds that the other ranks get to end by themselves when one has failed.
 
         Raises:
             RankFailure: a rank raised, ended or was not done after `timeout` seconds.
@@ -66,7 +71,7 @@ class Ranks:
         while pending:
             ready = wait(pending.values())
             for rank in [rank for rank, pipe in pending.items() if pipe in ready]:
-                results[rank] = self._result(rank, size)
+                results[rank] = self._result(rank, size, grace)
                 del pending[rank]
         return results
 
@@ -87,13 +92,16 @@ class Ranks:
         self.processes.append(process)
         self.pipes.append(here)
 
-    def _result(self, rank: int, size: int) -> Any:
+    def _result(self, rank: int, size: int, grace: float) -> Any:
         try:
             worked, result = self.pipes[rank].recv()
         except EOFError:
             self.processes[rank].join()
             worked, result = False, f"it ended with exit code {self.processes[rank].exitcode}"
         if not worked:
+            deadline = time.monotonic() + grace
+            for process in self.processes[:size]:
+                process.join(max(0.0, deadline - time.monotonic()))
             stuck = [f"\nStacks of rank {other}:\n{text}" for other in range(size) if (text := self._stack_text(other))]
             self.stop()
             raise RankFailure(f"rank {rank} of {size} failed: {result}{''.join(stuck)}")

@@ -18,14 +18,15 @@ from spmd.report.profile import profiled
 from spmd.report.summary import json_line, table
 from spmd.report.watch import Watch
 from spmd.runtime import main
+from spmd.signals import Stop
 from spmd.topology import Topology
 
 WARM_UP_ROWS, WARM_UP_TOKENS = 4, 8  # of a replica, of a row
 
 
-def bench(config: Config, topology: Topology) -> None:
+def bench(config: Config, topology: Topology, stop: Stop) -> None:
     """Run the workload on random weights or a checkpoint and print what came of it."""
-    worker = start(config, topology)
+    worker = start(config, topology, stop)
     rates = device_rates(config.bench, worker.device, worker.arch.dtype) if topology.rank == 0 else None
     _run(worker, _short(config.workload, topology.dp))
     worker.phases.end("warm-up")

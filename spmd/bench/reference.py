@@ -17,12 +17,13 @@ from spmd.bench.workload import prompts
 from spmd.build import model_shape
 from spmd.config import Config
 from spmd.runtime import main
+from spmd.signals import Stop
 from spmd.topology import Topology
 
 Rows = list[tuple[list[int], int]]
 
 
-def reference(config: Config, topology: Topology) -> None:
+def reference(config: Config, topology: Topology, stop: Stop) -> None:
     """Run the workload on random weights of the model's shape and print one line of JSON."""
     arch = model_shape(config, topology)
     shape = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision, **config.model.overrides)

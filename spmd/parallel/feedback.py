@@ -62,7 +62,10 @@ class TokenFeedback:
             self._sending.popleft()[0].wait()
 
     def drain(self) -> None:
-        """Wait until everything has left."""
+        """Wait until everything has left; a run that stops early leaves tokens on their way, which must be met."""
+        for plan in self._awaited:
+            if plan.sampled:
+                dist.broadcast(torch.empty_like(self.latest), self.topology.leader, group=self.group)
         while self._sending:
             self._sending.popleft()[0].wait()
 

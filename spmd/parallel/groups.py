@@ -9,8 +9,7 @@ from torch.distributed import ProcessGroup
 
 from spmd.topology import Topology
 
-LOADING = timedelta(days=30)  # start-up, and at the end the wait for the slowest replica
-WORKING = timedelta(minutes=10)
+LONG = 20  # times the guard's timeout after which a wait ends by itself: the guard has ended the run before
 
 
 @dataclass(frozen=True)
@@ -25,19 +24,34 @@ class Groups:
     tokens: ProcessGroup | None = None  # the replica's first stage and its leader, on the device; made for lookahead
 
 
-def connect(topology: Topology, device: torch.device, lookahead: bool = False, ep: bool = False) -> Groups:
-    """Join the world started by torchrun. Its default group is for talk at start-up and at the end, on the CPU."""
+def join(timeout: float = 3600.0) -> None:
+    """Join the world started by torchrun. Its default group is for talk at start-up and at the end, on the CPU.
+
+    `timeout`: seconds that the slowest rank may be behind, with its weights loaded.
+    """
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+
+def connect(
+    topology: Topology, device: torch.device, lookahead: bool = False, ep: bool = False, timeout: float = 30.0
+) -> Groups:
+    """Make all groups, of the world that was joined or is now. `timeout`: the guard's, in seconds."""
     if topology.world_size == 1:
         return Groups()
-    dist.init_process_group("gloo", timeout=LOADING)
+    if not dist.is_initialized():
+        join()
     on_device = "nccl" if device.type == "cuda" else "gloo"
+
+    def group(parts: list[list[int]], backend: str) -> ProcessGroup | None:
+        return _group_of(topology.rank, parts, backend, timedelta(seconds=LONG * timeout))
+
     return Groups(
-        packets=_group_of(topology.rank, topology.replicas(), "gloo"),
-        hidden=_group_of(topology.rank, topology.replicas(), on_device),
-        tensor=_group_of(topology.rank, topology.stages(), on_device),
-        load=_group_of(topology.rank, _peers(topology), "gloo"),
-        experts=_group_of(topology.rank, _peers(topology), on_device) if ep else None,
-        tokens=_group_of(topology.rank, _ends(topology), on_device) if lookahead else None,
+        packets=group(topology.replicas(), "gloo"),
+        hidden=group(topology.replicas(), on_device),
+        tensor=group(topology.stages(), on_device),
+        load=group(_peers(topology), "gloo"),
+        experts=group(_peers(topology), on_device) if ep else None,
+        tokens=group(_ends(topology), on_device) if lookahead else None,
     )
 
 
@@ -51,9 +65,9 @@ def _ends(topology: Topology) -> list[list[int]]:
     return [sorted({*ranks[: topology.tp], ranks[-topology.tp]}) for ranks in topology.replicas()]
 
 
-def _group_of(rank: int, parts: list[list[int]], backend: str) -> ProcessGroup | None:
+def _group_of(rank: int, parts: list[list[int]], backend: str, timeout: timedelta) -> ProcessGroup | None:
     """Make a group of each part (every rank must take part in making every group); returns the own one, if any."""
-    groups = [dist.new_group(ranks, timeout=WORKING, backend=backend) if len(ranks) > 1 else None for ranks in parts]
+    groups = [dist.new_group(ranks, timeout=timeout, backend=backend) if len(ranks) > 1 else None for ranks in parts]
     return next((group for group, ranks in zip(groups, parts, strict=True) if rank in ranks), None)
 
 

@@ -1,4 +1,8 @@
-"""The hidden-states wire: stage s to stage s+1, same tensor rank. Shapes come from the plan, so no metadata travels."""
+"""The hidden-states wire: stage s to stage s+1, same tensor rank. Shapes come from the plan, so no metadata travels.
+
+Gloo delivers a message only to a receiver with its tag, which is the number of rows: stages that have drifted apart
+wait until the guard finds out, where a message of another size would abort the process.
+"""
 
 from collections import deque
 
@@ -34,14 +38,14 @@ class HiddenChannel:
     def receive(self, rows: int) -> Tensor:
         """Hidden states of the previous stage's current plan, `[rows, hidden]`."""
         hidden = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=self.device)
-        work = dist.irecv(hidden, self.topology.previous_stage, group=self.group)
+        work = dist.irecv(hidden, self.topology.previous_stage, group=self.group, tag=rows)
         assert work is not None
         work.wait()
         return hidden
 
     def send(self, hidden: Tensor) -> None:
         """Start sending. The buffer is kept until it has left: isend reads it after this returns."""
-        work = dist.isend(hidden, self.topology.next_stage, group=self.group)
+        work = dist.isend(hidden, self.topology.next_stage, group=self.group, tag=len(hidden))
         assert work is not None
         self._sending.append((work, hidden))
         while len(self._sending) > self.slots:

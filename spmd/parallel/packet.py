@@ -1,10 +1,11 @@
 """The token packet: what the leader of a replica tells the others about a plan. Fixed size, one a tick, no exceptions.
 
-`[count, token, ..., verdict, ...]`: the sampled tokens in the plan's order, and for each whether its request ends.
+`[stop, count, mark, ..., token, ..., verdict, ...]`: whether to stop, the leader's marks of the plan, the sampled
+tokens in the plan's order, and for each whether its request ends.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from spmd.model.transfer import on_host
+from spmd.schedule.trail import FIELDS, Marks
+
+UNMARKED = (0,) * len(FIELDS)
+HEADER = 2 + len(FIELDS)
+
+
+class Packet(NamedTuple):
+    """News of one plan."""
+
+    tokens: list[int]
+    finished: list[bool]
+    stop: int = 0  # who asks the run to stop (`spmd.signals`); 0: nobody
+    marks: Marks = UNMARKED
 
 
 class PacketWire:
@@ -24,26 +38,28 @@ class PacketWire:
         self.is_leader = is_leader
         self.max_samples = max_samples
         self._pending: deque[tuple[dist.Work | None, Tensor]] = deque()
-        self._kept: deque[tuple[list[int], list[bool]]] = deque()  # by a leader that is alone
+        self._kept: deque[Packet] = deque()  # by a leader that is alone
 
-    def post(self, tokens: Sequence[int], finished: Sequence[bool]) -> None:
-        """Start this tick's broadcast. What is passed counts on the leader alone."""
+    def post(self, packet: Packet | None = None) -> None:
+        """Start this tick's broadcast: on the leader of `packet`, elsewhere to receive one."""
         if self.group is None:
-            self._kept.append(([*tokens], [*finished]))
+            assert packet is not None
+            self._kept.append(packet)
             return
-        packet = torch.zeros(1 + 2 * self.max_samples, dtype=torch.int64)
-        if self.is_leader:
-            count = len(tokens)
-            packet[: 1 + 2 * count] = on_host([count, *tokens, *finished], torch.int64)
-        self._pending.append((dist.broadcast(packet, self.leader, group=self.group, async_op=True), packet))
+        buffer = torch.zeros(HEADER + 2 * self.max_samples, dtype=torch.int64)
+        if packet is not None:
+            content = [packet.stop, len(packet.tokens), *packet.marks, *packet.tokens, *packet.finished]
+            buffer[: len(content)] = on_host(content, torch.int64)
+        self._pending.append((dist.broadcast(buffer, self.leader, group=self.group, async_op=True), buffer))
 
-    def take(self) -> tuple[list[int], list[bool]]:
-        """The oldest packet not taken yet: its tokens and verdicts. Waits until it is there."""
+    def take(self) -> Packet:
+        """The oldest packet not taken yet. Waits until it is there."""
         if self.group is None:
             return self._kept.popleft()
-        work, packet = self._pending.popleft()
+        work, buffer = self._pending.popleft()
         if work is not None:
             work.wait()
-        count = int(packet[0])
-        content = packet[1 : 1 + 2 * count].tolist()
-        return content[:count], [bool(verdict) for verdict in content[count:]]
+        count = int(buffer[1])
+        stop, _, *content = buffer[: HEADER + 2 * count].tolist()
+        marks, tokens, finished = content[: len(FIELDS)], content[len(FIELDS) :][:count], content[len(FIELDS) + count :]
+        return Packet(tokens, [bool(verdict) for verdict in finished], stop, tuple(marks))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from spmd.schedule.trail import Diverged
+
 EXHAUSTED = 1  # flag: the list has no more rows
 RESERVE = 8  # seats to one row that waits for one
 
@@ -25,7 +27,8 @@ class Load(NamedTuple):
     rows: int  # of this tick's forward, padding included
     claimed: int  # own rows taken from the list so far
     flags: int
-    digest: int  # 31 bits of all plans so far; only carried, for a guard to come
+    stop: int  # who asked the run to stop (`spmd.signals`), as all ranks of the replica learned; 0: nobody
+    passed: int  # rows of the list gone through so far, for any replica
     tokens: int  # output tokens committed in this tick
 
 
@@ -148,18 +151,31 @@ class Balance:
         self.gate = Gate(rules)
         self.loads: Sequence[Load] | None = None  # of all replicas, the latest known
         self.over = False  # no replica has or gets any more work; true at the same tick everywhere
+        self.stopped = 0  # who asked the run to stop; known at the same tick everywhere
         self.mixed_ticks = 0  # one replica ran prompts while another only decoded
         self.tokens = 0  # output tokens of all replicas
 
     def see(self, loads: Sequence[Load] | None) -> None:
-        """A tick begins, with what all replicas told `1 + lag` ticks ago. Called at every tick if dp > 1."""
+        """A tick begins, with what all replicas told `1 + lag` ticks ago. Called at every tick if dp > 1.
+
+        Raises:
+            Diverged: replicas share one list and yet aren't at the same place in it.
+        """
         self.deal.see(loads)
         if loads is None:
             return
         self.loads = loads
         self.over = all(load.flags & EXHAUSTED and not load.running + load.waiting for load in loads)
+        self.stopped = max(load.stop for load in loads)
+        self._check(loads)
         self.tokens += sum(load.tokens for load in loads)
         self.mixed_ticks += _mixed(loads)
+
+    def _check(self, loads: Sequence[Load]) -> None:
+        """Rows shared by demand are gone through in step."""
+        passed = [load.passed for load in loads]
+        if isinstance(self.deal, Demand) and len(set(passed)) > 1:
+            raise Diverged(f"replicas have gone through different numbers of rows at the same tick: {passed}")
 
     def next(self, held: int) -> bool | None:
         """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""

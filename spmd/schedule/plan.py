@@ -5,7 +5,6 @@ own copy. Decode rows come first, then prompt chunks.
 """
 
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from spmd.schedule.request import Request
 
@@ -23,6 +22,7 @@ class Plan:
     sample_rows: list[int] = field(default_factory=list)  # row of the forward that each of them is sampled from
     sample_positions: list[int] = field(default_factory=list)  # where each token will stand: tokens before it
     grown: list[tuple[int, int, int]] = field(default_factory=list)  # new block table entries: (seat, position, block)
+    marks: tuple[int, ...] = ()  # digests of all plans so far, see `spmd.schedule.trail`; empty: nobody asks
 
     @property
     def num_rows(self) -> int:
@@ -47,9 +47,3 @@ class Plan:
         self.num_prompt_tokens += count
         request.scheduled += count
         request.in_flight += 1
-
-    def digest(self) -> bytes:
-        """8 bytes that are equal on two ranks exactly if they run the same plan."""
-        who = [(request.index, request.choice, request.seat) for request in self.requests]
-        content = (self.tick, who, self.starts, self.counts, self.padded_decodes, self.sample_rows, self.grown)
-        return blake2b(repr(content).encode(), digest_size=8).digest()

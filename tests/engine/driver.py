@@ -14,12 +14,14 @@ from ranks import Ranks
 from tiny_tokenizer import make_tokenizer
 
 from spmd.build import start
-from spmd.config import BalanceConfig, Config, ModelConfig, SchedulerConfig, TopologyConfig, check
+from spmd.config import BalanceConfig, Config, GuardConfig, ModelConfig, SchedulerConfig, TopologyConfig, check
 from spmd.engine import Engine
 from spmd.io.reader import Reader
 from spmd.io.rows import RowParser
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
+from spmd.schedule.trail import Trail
+from spmd.signals import Stop
 from spmd.topology import Topology
 
 tokenizer = cache(make_tokenizer)
@@ -29,7 +31,7 @@ tokenizer = cache(make_tokenizer)
 class Tick:
     """What one rank planned at one tick."""
 
-    digest: bytes
+    marks: tuple[int, ...]
     num_decodes: int
     padded_decodes: int
     chunks: list[tuple[int, int, int]]  # of prompts: row, start, count
@@ -48,6 +50,7 @@ class Report:
     cached_tokens: int = 0
     exchanges: int | None = None  # of loads; None: this rank has none
     frozen_ticks: int = 0
+    stopped: int = 0  # for whom all ranks stopped early
 
 
 def configure(
@@ -68,6 +71,7 @@ def configure(
         topology=TopologyConfig(dp, pp, tp, layers, ep),
         scheduler=SchedulerConfig(**small | scheduler),
         balance=balance or BalanceConfig(),
+        guard=GuardConfig(enabled=False),  # an error comes out, with its traceback
         input=input,
         device="cpu",
         run_dir=run_dir,
@@ -76,15 +80,17 @@ def configure(
     return config
 
 
-def drive(rank: int, config: Config, delays_ms: Sequence[float] = ()) -> Report:
+def drive(rank: int, config: Config, delays_ms: Sequence[float] = (), stop: Stop | None = None) -> Report:
     """Answer `config.input` on this rank, after each tick asserting that the scheduler is intact.
 
-    `delays_ms`: the longest pause of each rank after a tick; how long one is, each rank draws for itself.
+    `delays_ms`: the longest pause of each rank after a tick; how long one is, each rank draws for itself. `stop`: as
+    in a main.
     """
     t = config.topology
     topology = Topology(t.dp, t.pp, t.tp, rank)
-    worker = start(config, topology)
-    logging.getLogger("spmd").handlers.clear()
+    worker = start(config, topology, stop)
+    if not config.guard.enabled:  # its last words are in the log
+        logging.getLogger("spmd").handlers.clear()
     vocab_size = worker.arch.vocab_size
     parser = RowParser(tokenizer(), {}, config.sampling, worker.max_model_len, worker.capacity, vocab_size)
     assert config.input is not None
@@ -92,6 +98,7 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = ()) -> Report:
     report = Report(worker.num_blocks, topology.is_leader)
     leader = Leader(tokenizer(), "tested", Metrics(), _keep(report)) if topology.is_leader else None
     worker.run(reader, leader, _watch(report, random.Random(rank), delays_ms[rank] if delays_ms else 0.0))
+    report.stopped = worker.stop.stopped
     return report
 
 
@@ -108,6 +115,8 @@ def _keep(report: Report) -> Callable[[int, str], None]:
 
 
 def _watch(report: Report, rng: random.Random, delay_ms: float) -> Callable[[Engine], None]:
+    trail = Trail()
+
     def watch(engine: Engine) -> None:
         scheduler, plan = engine.scheduler, engine.ring[-1]
         scheduler.check(engine.ring)
@@ -116,7 +125,7 @@ def _watch(report: Report, rng: random.Random, delay_ms: float) -> Callable[[Eng
         rows = [request.index for request in plan.requests]
         chunks = list(zip(rows, plan.starts, plan.counts, strict=True))[first:]
         sampled = [request.index for request in plan.sampled]
-        report.ticks.append(Tick(plan.digest(), first, plan.padded_decodes, chunks, sampled))
+        report.ticks.append(Tick(trail.plan(plan), first, plan.padded_decodes, chunks, sampled))
         report.preemptions = scheduler.counters.preemptions
         report.cached_tokens = scheduler.counters.cached_tokens
         report.exchanges = engine.exchange and engine.exchange.count

@@ -61,7 +61,7 @@ def test_equal_plans_whoever_is_late(ranks: Ranks, qwen3: Task, tmp_path: Path, 
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 2), lookahead=1, num_blocks=20)
     reports = run(ranks, config, drive, delays_ms)
     assert answers(reports) == qwen3.answers
-    assert len({tuple(tick.digest for tick in report.ticks) for report in reports}) == 1
+    assert len({tuple(tick.marks for tick in report.ticks) for report in reports}) == 1
 
 
 def drive_deferring(rank: int, config: Config, defer: int) -> Report:

@@ -8,16 +8,16 @@ import torch.distributed as dist
 from ranks import Ranks
 
 from spmd.parallel.groups import connect
-from spmd.parallel.packet import PacketWire
+from spmd.parallel.packet import Packet, PacketWire
 from spmd.topology import Topology
 
 MOST = 5
 SENT = [
-    ([], []),
-    ([7], [True]),
-    ([], []),
-    ([2**31, 0, 3, 4, 5], [False, True, False, False, True]),
-    ([9, 9], [False, False]),
+    Packet([], []),
+    Packet([7], [True], marks=(1, 2, 3, 2**32 - 1)),
+    Packet([], [], stop=77),
+    Packet([2**31, 0, 3, 4, 5], [False, True, False, False, True]),
+    Packet([9, 9], [False, False], 78, (4, 5, 6, 7)),
 ]
 
 
@@ -28,14 +28,13 @@ def wire(rank: int, size: int) -> PacketWire:
     return PacketWire(groups.packets, topology.leader, topology.is_leader, MOST)
 
 
-def in_flight(rank: int, depth: int) -> list[tuple[list[int], list[bool]]]:
+def in_flight(rank: int, depth: int) -> list[Packet]:
     """What this rank takes when each packet is taken `depth` ticks after it was posted, at a pace of its own."""
     packets, taken, rng = wire(rank, 3), [], random.Random(rank)
-    for tick, (tokens, finished) in enumerate(SENT):
+    for tick, packet in enumerate(SENT):
         if tick >= depth:
             taken.append(packets.take())
-        # Whatever another rank than the leader posts is not looked at.
-        packets.post(*(tokens, finished) if packets.is_leader else ([1, 2, 3], [True] * 3))
+        packets.post(packet if packets.is_leader else None)
         time.sleep(rng.random() / 100)
     taken += [packets.take() for _ in range(min(depth, len(SENT)))]
     return taken
@@ -46,11 +45,11 @@ def late_leader(rank: int) -> bool:
     packets = wire(rank, 2)
     if packets.is_leader:
         dist.recv(torch.zeros(1), 0)
-        for tokens, finished in SENT:
-            packets.post(tokens, finished)
+        for packet in SENT:
+            packets.post(packet)
     else:
         for _ in SENT:
-            packets.post((), ())
+            packets.post()
         dist.send(torch.zeros(1), 1)
     return [packets.take() for _ in SENT] == SENT
 
@@ -66,6 +65,6 @@ def test_posting_waits_for_nobody(ranks: Ranks) -> None:
 
 def test_a_leader_alone_needs_no_group() -> None:
     packets = PacketWire(None, 0, True, MOST)
-    for tokens, finished in SENT:
-        packets.post(tokens, finished)
+    for packet in SENT:
+        packets.post(packet)
     assert [packets.take() for _ in SENT] == SENT

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any
 
 import pytest
@@ -287,5 +286,4 @@ def test_equal_runs_are_equal_in_any_order() -> None:
 
     first = trace(0)
     assert trace(1) == trace(2) == first
-    digests = [each.digest for written in first for each in written]
-    assert len([*groupby(digests)]) > 100, "each plan changes the digest"
+    assert len({each for written in first for each in written}) > 100

@@ -1,0 +1,53 @@
+"""The flight recorder: where a rank stands and what it did in the last ticks, in a file that outlives it.
+
+The loop writes to mapped memory, a few numbers a tick; the guard reads it, and that of a peer on the same host, or on
+the same file system, when the peer can't say any more what it did: Gloo aborts a process whose peers send it messages
+of another size.
+"""
+
+import mmap
+from array import array
+from pathlib import Path
+
+from spmd.schedule.trail import FIELDS, Marks
+
+TICKS = 64  # kept; ranks of a replica are never so many apart
+ENTRY = 1 + len(FIELDS)
+NONE = -1
+SIZE = (1 + TICKS * ENTRY) * 8
+
+Trace = dict[int, Marks]  # of the last ticks
+
+
+class Recorder:
+    """int64 numbers: the last tick, then in turn entries of a tick and its marks. The loop alone writes."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises OSError if the file can't be made."""
+        file.write_bytes(array("q", [NONE] * (SIZE // 8)).tobytes())
+        with open(file, "r+b") as opened:
+            self._map = mmap.mmap(opened.fileno(), SIZE)
+        self._numbers = memoryview(self._map).cast("q")
+
+    @property
+    def tick(self) -> int:
+        """The last tick; NONE before the first."""
+        return self._numbers[0]
+
+    def write(self, tick: int, marks: Marks) -> None:
+        """A tick was planned. Its number comes after its marks: a reader finds an entry whole or marked as none."""
+        at, numbers = 1 + tick % TICKS * ENTRY, self._numbers
+        numbers[at] = NONE
+        numbers[at + 1 : at + ENTRY] = memoryview(array("q", marks))
+        numbers[at] = numbers[0] = tick
+
+    def content(self) -> bytes:
+        """What `traced` understands."""
+        return bytes(self._numbers)
+
+
+def traced(content: bytes) -> tuple[int, Trace]:
+    """The last tick, and the marks of the last ticks, of what a recorder held."""
+    numbers = array("q", content[:SIZE])
+    entries = [numbers[at : at + ENTRY] for at in range(1, len(numbers), ENTRY)]
+    return numbers[0], {entry[0]: tuple(entry[1:]) for entry in entries if entry[0] != NONE}
