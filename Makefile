@@ -5,7 +5,7 @@ DEMO := runs/demo
 export PYTHON := $(abspath $(VENV))/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean pp2 pp4 dp2 tp2 pp2dp2 pp2tp2
+.PHONY: help setup demo test bench preflight slurm lint clean pp2 pp4 dp2 tp2 pp2dp2 pp2tp2
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 ]+:.*## / { printf "  %-30s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,14 @@ test: $(READY)  ## run the tests; ARGS goes to pytest
 
 bench: $(READY)  ## measure a synthetic workload: make bench ARGS="workload=cpu topology=pp2 model.path=DIR"
 	@set -f; launch/local.sh --prog bench $(value ARGS)
+
+preflight: $(READY)  ## check a configuration and its files without starting it: make preflight ARGS="topology=pp4 model.path=DIR"
+	@set -f; launch/local.sh --prog preflight $(value ARGS)
+
+# What stands on the command line besides ARGS is an option of launch/submit.py.
+slurm: $(READY)  ## submit to SLURM: make slurm NODES=2 GPUS=8 TIME=04:00:00 ARGS="topology.pp=16 …"; DRY_RUN=1 only prints
+	@set -f; PYTHONPATH=. $(PYTHON) launch/submit.py $(JOB) $(value ARGS)
+slurm: JOB = $(foreach v,$(filter-out ARGS VENV PYTHON,$(.VARIABLES)),$(if $(filter command,$(origin $v)),'$v=$(subst ','\'',$(value $v))'))
 
 lint: $(READY)  ## ruff and mypy
 	@$(PYTHON) -m ruff check .

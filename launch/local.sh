@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs spmd on this machine, one process for each of the dp * pp * tp ranks that the config asks for:
-#   launch/local.sh [--prog generate|bench] topology=pp2 model.path=DIR input=in.jsonl output=out.jsonl
+#   launch/local.sh [--prog generate|bench|preflight] topology=pp2 model.path=DIR input=in.jsonl output=out.jsonl
 # All but --prog goes to Hydra as it stands. Python is $PYTHON, else the active venv's, else .venv's, else python3.
+# Ends with 0 (done), 75 (stopped by a signal: start it again to go on), 2 (a mistake, which it tells) or 1 (a crash).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,8 +14,8 @@ if [ "${1:-}" = --prog ]; then
   shift $(($# > 1 ? 2 : 1))
 fi
 case $prog in
-  generate | bench) ;;
-  *) echo "--prog is generate or bench, not '$prog'" >&2; exit 2 ;;
+  generate | bench | preflight) ;;
+  *) echo "--prog is generate, bench or preflight, not '$prog'" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
@@ -23,9 +24,9 @@ if [ -z "$python" ]; then
   [ -x "$python" ] || python=python3
 fi
 
-for arg in "$@"; do  # what only prints needs no ranks
+for arg in "--prog=$prog" "$@"; do  # what only prints needs no ranks
   case $arg in
-    -h | --help | --hydra-help | --version | -c | --cfg | --cfg=* | -i | --info | --info=*)
+    --prog=preflight | -h | --help | --hydra-help | --version | -c | --cfg | --cfg=* | -i | --info | --info=*)
       exec "$python" -m "spmd.$prog" "$@" ;;
   esac
 done
@@ -35,4 +36,4 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
 fi
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m "spmd.$prog" "$@"
+exec "$python" "$root/launch/torchrun.py" --standalone --nproc-per-node "$processes" -m "spmd.$prog" "$@"

@@ -1,6 +1,7 @@
 """From a configuration to a rank that is loaded and ready, and from there to figures: what all mains share."""
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from spmd import STARTED
+from spmd.agreement import host
 from spmd.config import (
     Config,
     block_size,
@@ -25,14 +27,16 @@ from spmd.io.source import Source
 from spmd.leader import Leader
 from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.build import build_stage, count_blocks, load_decoder, max_model_len, stages, use_flashinfer
+from spmd.model.checkpoint import check_files
+from spmd.model.memory import check_memory, smallest_of_stages, this_device
 from spmd.model.stage import Stage
-from spmd.parallel.groups import Groups, connect, join
+from spmd.parallel.groups import Groups, connect
 from spmd.parallel.guard import guarded
 from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketWire
 from spmd.report.metrics import Metrics, merge
 from spmd.report.phases import Phases
-from spmd.runtime import choose_device, log, open_run_dir, together
+from spmd.runtime import choose_device, from_rank_0, log, open_run_dir, together, warn
 from spmd.schedule.balance import Balance, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.scheduler import Limits, Scheduler
@@ -117,12 +121,11 @@ def start(
     arch = model_shape(config, topology)
     device = choose_device(config)
     use_flashinfer(config, arch, device)
-    if topology.world_size > 1:
-        join(config.guard.startup_timeout)
     groups = connect(topology, device, lookahead(config, device.type) > 0, config.topology.ep, config.guard.timeout)
     run_dir = open_run_dir(config, topology)
     if check:
         together(topology, check)
+    check_model(config, arch, topology, device)
     phases.end("processes")
     decoder = together(topology, lambda: load_decoder(config, arch, topology, groups, device))
     log.info("layers %d-%d of %d loaded, %s", decoder.range[0], decoder.range[-1], arch.num_layers, arch.dtype)
@@ -134,6 +137,27 @@ def start(
     gc.freeze()  # what start-up left is kept anyway: no collection in the loop needs to look at it, for 0.1 s each
     phases.end("cache and kernels")
     return Worker(config, topology, groups, device, arch, stage, num_blocks, run_dir, stop or Stop(), phases)
+
+
+def check_model(config: Config, arch: Architecture, topology: Topology, device: torch.device) -> None:
+    """Check that the checkpoint has what all stages need, and that this fits the memory of the smallest devices.
+
+    Raises:
+        ValueError: on every rank alike.
+    """
+    m = config.model
+    assert m.path is not None
+    own = this_device(device, f"rank {topology.rank} on {host()}", int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    for warning in check_memory(config, arch, smallest_of_stages(own, config, topology)):
+        warn(warning, topology.rank)
+    lacking = ""
+    if topology.rank == 0:
+        try:
+            check_files(arch, m.path, m.load_format, m.revision, stages(config, arch))
+        except ValueError as error:
+            lacking = str(error)
+    if lacking := from_rank_0(topology, lacking):
+        raise ValueError(lacking)
 
 
 def _gather(metrics: Metrics, topology: Topology) -> Metrics | None:

@@ -26,7 +26,7 @@ class Allocation:
 
 
 def allocation(environ: Mapping[str, str]) -> Allocation:
-    """What a batch script got. More tasks than nodes means one task a rank; else torchrun starts a node's ranks.
+    """What a batch script got. More tasks than nodes, or SPMD_NATIVE=1: a task a rank; else torchrun starts a node's.
 
     Raises:
         ValueError: there is no telling how many processes a node should run, or nodes would run different numbers.
@@ -35,7 +35,7 @@ def allocation(environ: Mapping[str, str]) -> Allocation:
     tasks = int(environ.get("SLURM_NTASKS", nodes))
     if tasks % nodes:
         raise ValueError(f"{tasks} tasks don't spread evenly over {nodes} nodes; use --ntasks-per-node")
-    if tasks > nodes:
+    if tasks > nodes or environ.get("SPMD_NATIVE") == "1":
         return Allocation(nodes, tasks // nodes, native=True)
     per_node = environ.get("SPMD_PROCS") or environ.get("SLURM_GPUS_ON_NODE")
     if not per_node:
@@ -70,7 +70,9 @@ def shard(environ: Mapping[str, str]) -> tuple[int, int] | None:
     index = _number(environ, "SLURM_ARRAY_TASK_ID")
     if shards := environ.get("SPMD_SHARDS"):
         return index, int(shards)
-    first, last, step, count = (_number(environ, f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "MAX", "STEP", "COUNT"))
+    first, last, step, count = (
+        _number(environ, f"SLURM_ARRAY_TASK_{name}") for name in ("MIN", "MAX", "STEP", "COUNT")
+    )
     if (last - first) % step or (last - first) // step + 1 != count:
         raise ValueError(
             f"{count} array tasks from {first} to {last} leave gaps: use --array=0-{count - 1}, or say with "

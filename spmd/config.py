@@ -235,6 +235,8 @@ def check(config: Config, world_size: int) -> None:
             "balance.gate=near with scheduler.max_num_seqs=1 would always hold back: a replica with nobody running has "
             "all seats but one taken; use scheduler.max_num_seqs >= 2 or another gate"
         )
+    if (shard := config.shard) is not None and not (len(shard) == 2 and 0 <= shard[0] < shard[1]):
+        raise ValueError(f"shard={shard} must be null or two numbers [i, n] with 0 <= i < n: the i-th of n, from 0 on")
     if (ticks := config.profile.ticks) is not None and not (len(ticks) == 2 and 0 <= ticks[0] < ticks[1]):
         raise ValueError(f"profile.ticks={ticks} must be null or two numbers [a, b] with 0 <= a < b")
     if not 0 < s.gpu_memory_utilization <= 1:

@@ -5,15 +5,16 @@ torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.pat
 
 from collections.abc import Callable
 from datetime import datetime
-from time import perf_counter
+from time import monotonic, perf_counter
 
-from spmd.build import Worker, start
+from spmd.agreement import agree
+from spmd.build import Worker, model_shape, start
 from spmd.config import Config
 from spmd.engine import Engine
-from spmd.io.reader import Reader, check_input
+from spmd.files import Files
+from spmd.io.reader import Reader
 from spmd.io.rows import RowParser
 from spmd.io.tokenizing import load_generation_config, load_tokenizer
-from spmd.io.writer import PartWriter, merge, prepare_output
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
@@ -26,57 +27,68 @@ from spmd.topology import Topology
 
 
 def generate(config: Config, topology: Topology, stop: Stop) -> None:
-    """Answer every row of `config.input`.
+    """Answer every row of `config.input`, or of one shard of it.
 
     Raises:
         ValueError: what the user can mend.
     """
-    input, output = config.input, config.output
-    if input is None or output is None:
-        raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
-
-    answered: list[int] = []  # by earlier attempts
-    size = 0  # bytes of input
-
-    def check_files() -> None:
-        nonlocal size
-        size = check_input(input)
-        if topology.rank == 0:
-            answered.extend(prepare_output(output, input, config.resume == "auto"))
-
-    worker = start(config, topology, stop, check_files)
-    answered, size, now = from_rank_0(topology, (answered, size, datetime.now()))
-    parser = together(topology, lambda: _parser(worker, now))
-    reader = Reader(input, parser, answered, _identity(config), size)
-    writer = together(topology, lambda: PartWriter(output, topology.dp_rank) if topology.is_leader else None)
-    leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), writer.write) if writer else None
-    progress = Progress(perf_counter(), config.progress) if topology.rank == 0 else None
-    worker.phases.end("tokenizer")
-    shown = _show(progress, reader) if progress else None
-    with profiled(config.profile, worker.run_dir, topology.rank) as profiler:
-        metrics = worker.run(reader, leader, all_of(shown, profiler))
-    if writer:
-        writer.close()
-    together(topology, lambda: None)  # every part is closed
-    if stop.stopped:
-        if metrics:
+    with Files(config, topology) as files:
+        arch = model_shape(config, topology)
+        task = from_rank_0(topology, together(topology, lambda: files.open(arch)))
+        assert task is not None
+        complete = together(topology, lambda: files.complete(task) if topology.rank == 0 else None)
+        if from_rank_0(topology, complete is not None):
+            if complete:
+                _finish(files, complete)
+            return
+        agree(together(topology, lambda: files.facts(task, arch)))
+        worker = start(config, topology, stop)
+        parser = together(topology, lambda: _parser(worker, task.now))
+        reader = files.reader(task, parser)
+        together(topology, lambda: files.open_part(task))
+        worker.phases.end("tokenizer")
+        metrics = _answer(worker, reader, parser, files)
+        together(topology, files.close_part)
+        if metrics and stop.stopped:
             print(
                 f"stopped by {name(stop.stopped)} with {metrics.rows_ok + metrics.rows_failed:,} rows done; "
-                f"start again with output={output} to go on"
+                f"start again with output={config.output} to go on"
             )
-        return
+        elif metrics:
+            _finish(files, reader, metrics)
+
+
+def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> Metrics | None:
+    """Answer the reader's rows; on rank 0 returns the figures of all ranks."""
+    config, part, journal = worker.config, files.part, files.journal
+    leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), part.write) if part else None
+    progress = Progress(perf_counter(), config.progress) if journal else None
+    shown = _show(progress, reader) if progress else None
+    restored = (lambda _: journal.watch(monotonic())) if journal else None
+    with profiled(config.profile, worker.run_dir, worker.topology.rank) as profiler:
+        metrics = worker.run(reader, leader, all_of(shown, restored, profiler))
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
-        merge(output, topology.dp, config.output_order, reader.placed)
+    return metrics
+
+
+def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> None:
+    """Put the output together and tell of it, on rank 0; without metrics no rank had anything to do."""
+    assert files.journal
+    parts, done = (files.topology.dp, metrics.rows_ok + metrics.rows_failed) if metrics else (0, 0)
+    unused = files.journal.finish(parts, reader.done, done, files.config.output_order == "completion")
+    earlier = f"{reader.done.num_set:,}"
+    if metrics:
         print(table(metrics))
-        if reader.placed:
-            print(f"resumed: {len(reader.placed):,} more rows were answered by an earlier attempt")
-        print(f"answers: {output}\nfigures: {write_json(metrics, output)}")
-
-
-def _identity(config: Config) -> str:
-    """What an answer depends on besides its row, the weights at `model.path` and room where max_tokens isn't set."""
-    return repr((config.model, config.sampling))
+        if reader.done.num_set:
+            print(f"resumed: {earlier} more rows were done by earlier runs")
+    else:
+        print(f"nothing to do: all {earlier} rows were done by earlier runs")
+    if unused:
+        print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.places.unused}")
+    print(f"answers: {files.output}")
+    if metrics:
+        print(f"figures: {write_json(metrics, files.output)}")
 
 
 def _parser(worker: Worker, now: datetime) -> RowParser:
@@ -102,8 +114,9 @@ def _show(progress: Progress, reader: Reader) -> Callable[[Engine], None]:
         if loads := balance.loads:
             rows, tokens = sum(load.claimed for load in loads), balance.tokens
             running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
-        done = max(0, rows - running - waiting) + len(reader.placed)  # n > 1: n requests a row
-        total = estimate_rows(reader.rows, reader.consumed, reader.size)
+        done = max(0, rows - running - waiting) + reader.done.num_set  # n > 1: n requests a row
+        if total := estimate_rows(reader.rows, reader.consumed, reader.size):
+            total //= reader.shards
         progress.update(perf_counter(), done, total, tokens, running, waiting)
 
     return watch

@@ -13,6 +13,8 @@ from spmd.report.metrics import Clock, Metrics
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams, TokenLogprobs
 
+Write = Callable[[int, str, int | None, bool], None]
+
 
 @dataclass(slots=True)
 class Choice:
@@ -34,10 +36,8 @@ class Open:
 
 
 class Leader:
-    def __init__(
-        self, tokenizer: Any, model: str, metrics: Metrics, write: Callable[[int, str, int | None], None] | None = None
-    ) -> None:
-        """`write(index, line, key)` takes answers, and errors with key None; None throws all away (a benchmark)."""
+    def __init__(self, tokenizer: Any, model: str, metrics: Metrics, write: Write | None = None) -> None:
+        """`write(index, line, key, failed)` takes answers and errors; None throws all away (a benchmark)."""
         self.tokenizer = tokenizer
         self.model = model
         self.metrics = metrics
@@ -50,7 +50,7 @@ class Leader:
         if isinstance(row, BadRow):
             self.metrics.rows_failed += 1
             if self.write:
-                self.write(row.index, error_line(row), None)
+                self.write(row.index, error_line(row), row.key, True)
             return
         now = perf_counter()
         self.rows[row.index] = Open(row)
@@ -85,7 +85,8 @@ class Leader:
             if len(row.completions) < len(row.job.requests):
                 return
             completions = [row.completions[number] for number in range(len(row.completions))]
-            self.write(request.index, answer_line(row.job, completions, self.model, self.tokenizer), row.job.key)
+            line = answer_line(row.job, completions, self.model, self.tokenizer)
+            self.write(request.index, line, row.job.key, False)
         del self.rows[request.index]
         self.metrics.rows_ok += 1
 

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from spmd.agreement import ERROR, agree, facts
 from spmd.cluster import adopt_slurm
 from spmd.compose import CONF, USAGE, compose, tell
 from spmd.config import Config, check, warnings
-from spmd.parallel.groups import disconnect
+from spmd.parallel.groups import disconnect, join
 from spmd.signals import STOPPED, Stop, listening, report
 from spmd.topology import Topology
 
@@ -50,8 +51,7 @@ def main(work: Callable[[Config, Topology, Stop], None]) -> None:
 
 def _work(work: Callable[[Config, Topology, Stop], None], rank: int, stop: Stop) -> int:
     try:
-        config = compose(quiet=rank != 0)
-        check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        config = _agreed_config(rank)
         t = config.topology
         work(config, Topology(t.dp, t.pp, t.tp, rank), stop)
         disconnect()
@@ -67,6 +67,28 @@ def _work(work: Callable[[Config, Topology, Stop], None], rank: int, stop: Stop)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # the interpreter's own end would wait for collectives that the other ranks can't finish
+
+
+def _agreed_config(rank: int) -> Config:
+    """The configuration, after joining the world that torchrun started, in which all ranks must have the same one.
+
+    Raises:
+        ValueError: on every rank alike, if one of them has another, or one that can't be.
+    """
+    config, world_size = Config(), int(os.environ.get("WORLD_SIZE", "1"))
+    joins = world_size > 1 and "MASTER_ADDR" in os.environ
+    try:
+        config = compose(quiet=rank != 0)
+        check(config, world_size)
+        found = facts(config)
+    except ValueError as error:
+        if not joins:
+            raise
+        found = {ERROR: str(error)}
+    if joins:
+        join(config.guard.startup_timeout)
+        agree(found)
+    return config
 
 
 def together(topology: Topology, step: Callable[[], T]) -> T:
@@ -139,10 +161,15 @@ def open_run_dir(config: Config, topology: Topology) -> Path:
     together(topology, lambda: _log_to(run_dir / "logs" / f"rank-{topology.rank}.log"))
     log.info("rank %d of %d: %s", topology.rank, topology.world_size, topology)
     for warning in warnings(config):
-        log.warning(warning)
-        if topology.rank == 0:
-            print(f"warning: {warning}", file=sys.stderr)
+        warn(warning, topology.rank)
     return run_dir
+
+
+def warn(warning: str, rank: int) -> None:
+    """Leave a warning in the log, and on rank 0 also on the terminal."""
+    log.warning(warning)
+    if rank == 0:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _make_run_dir(config: Config) -> str:
@@ -163,3 +190,4 @@ def _log_to(file: Path) -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.raiseExceptions = False  # a disk that is full by now is told of elsewhere, once

@@ -78,7 +78,6 @@ def _read(reader: int, stop: Stop, rank: int) -> None:
         if numbers[0] not in SIGNALS:
             continue
         if not stop.gently or (first and now - first > ONE_KEYPRESS):
-            report(STOPPED)
-            os._exit(STOPPED)
+            os._exit(STOPPED)  # unreported: torchrun sends SIGTERM also when another rank has crashed
         if not first:
             first, stop.asked = now, stop.asked or code(rank, numbers[0])

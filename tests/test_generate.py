@@ -5,20 +5,25 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attempts import enlarge, small_disk
 from broken_rows import make_rows
 from checkpoints import write_checkpoint
 from jobs import ROOT, bodies, launcher, read_rows, run, run_here, start, torchrun, write_rows
 from ranks import Ranks
 from tiny_tokenizer import make_tokenizer
 
+from spmd.io.part import PartWriter
+from spmd.io.places import Places
 from spmd.io.reader import Reader
-from spmd.io.writer import PartWriter, parts_folder
+from spmd.model import build
 
 DEMO = "model=demo"
 GREEDY = ("sampling.temperature=0", "progress=false")
@@ -114,11 +119,11 @@ def test_completion_order_and_replicas_change_no_answer(
     assert [status for status, _ in told] == [0, 0, 0, 0]
     assert "900 ok" in told[0][1] and not any(text for _, text in told[1:])
     assert output.read_bytes() == answers
-    ranks.run(4, on_rank, *overrides, "output_order=completion")
+    ranks.run(4, on_rank, *overrides, "output_order=completion", "resume=fresh")
     as_finished = output.read_bytes()
     assert sorted(as_finished.splitlines()) == sorted(answers.splitlines())
     assert as_finished != answers
-    assert not parts_folder(str(output)).exists()
+    assert not parts_of(output).exists()
 
 
 def test_pitfall_18_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_finish(
@@ -137,11 +142,11 @@ def test_pitfall_18_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_
         make(self, *args)
         readers.append(self)
 
-    def written(self: PartWriter, index: int, answer: str, key: int | None = None) -> None:
-        write(self, index, answer, key)
-        part = parts_folder("out.jsonl") / "part-0.jsonl"
+    def written(self: PartWriter, *args: Any) -> None:
+        write(self, *args)
+        part = parts_of(here / "out.jsonl") / "part-0.jsonl"
         if len(read_at_write) in (0, 100):
-            assert part.read_bytes().count(b"\n") == len(read_at_write) + 1  # at once in the file
+            assert part.read_bytes().count(b"\n") == 1 + len(read_at_write) + 1  # at once in the file
         read_at_write.append(readers[0].rows)
 
     monkeypatch.setattr(Reader, "__init__", made)
@@ -160,7 +165,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     peaks = []
     for count in (200, 20_000):
         write_rows(tmp_path / f"{count}.jsonl", sums(count, max_tokens=1))
-        overrides = (DEMO, "model.dtype=float32", f"input={count}.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+        overrides = (DEMO, "model.dtype=float32", f"input={count}.jsonl", f"output={count}.out", "run_dir=run", *GREEDY)
         child = start([*torchrun(1)[:1], str(ROOT / "tests" / "peak.py"), *overrides], tmp_path)
         printed, told = child.communicate(timeout=120)
         assert child.returncode == 0, told
@@ -255,13 +260,16 @@ def test_pitfall_20_one_run_directory_for_all_ranks(here: Path) -> None:
     overrides = ("topology=pp2", DEMO, "input=in.jsonl", "output=out.jsonl", "scheduler.max_num_seqs=17", *GREEDY)
     done = run(torchrun(2, *overrides), here)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in here.iterdir()) == ["in.jsonl", "out.jsonl", "out.summary.json", "runs"]
+    files = ["in.jsonl", "out.jsonl", "out.jsonl.journal", "out.summary.json", "runs"]
+    assert sorted(path.name for path in here.iterdir()) == files
     [run_dir] = (here / "runs").iterdir()
     assert sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*")) == [
         "config.yaml",
         "logs",
         "logs/rank-0.log",
+        "logs/rank-0.recorder",
         "logs/rank-1.log",
+        "logs/rank-1.recorder",
     ]
     for rank in range(2):
         log = (run_dir / "logs" / f"rank-{rank}.log").read_text()
@@ -273,52 +281,159 @@ def test_pitfall_20_one_run_directory_for_all_ranks(here: Path) -> None:
     ]
 
 
-def test_a_second_run_replaces_the_answers_and_leftover_parts_do_not_leak(here: Path) -> None:
-    write_rows(here / "in.jsonl", sums(5))
-    common = (DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
-    assert run_here(*common) == 0
-    first = (here / "out.jsonl").read_bytes()
-    parts = parts_folder("out.jsonl")
-    parts.mkdir()
-    for dp_rank in range(3):
-        (parts / f"part-{dp_rank}.jsonl").write_text('9\t1\tab\t{"custom_id": "of a killed run"}\n3\t2\tcd\t{"torn')
-    assert run_here(*common) == 0
-    assert (here / "out.jsonl").read_bytes() == first
-    write_rows(here / "in.jsonl", sums(2))
-    assert run_here(*common) == 0
-    assert (here / "out.jsonl").read_bytes().splitlines() == first.splitlines()[:2]
-    assert not parts.exists()
+def cut(run: Callable[[], object], after: int) -> list[int]:
+    """A run in this process that is cut after so many answers; the rows that were answered."""
+    write, written = PartWriter.write, []
+
+    def until_cut(self: PartWriter, index: int, *args: Any) -> None:
+        if len(written) == after:
+            raise KeyboardInterrupt
+        write(self, index, *args)
+        written.append(index)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(PartWriter, "write", until_cut)
+        run()
+    return written
 
 
-def test_pitfall_19_resume_goes_by_content_over_a_torn_line_on_another_topology(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pitfall_19_resume_goes_by_content_over_a_torn_line_on_another_topology(here: Path) -> None:
     rows = sums(40)
     write_rows(here / "in.jsonl", rows)
     common = (DEMO, "input=in.jsonl", "run_dir=run", *GREEDY)
-    write, written = PartWriter.write, []
-
-    def until_killed(self: PartWriter, index: int, answer: str, key: int | None = None) -> None:
-        if len(written) == 15:
-            raise KeyboardInterrupt
-        write(self, index, answer, key)
-        written.append(index)
-
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(PartWriter, "write", until_killed)
-        run_here(*common, "output=out.jsonl")
-    with open(parts_folder("out.jsonl") / "part-0.jsonl", "a") as part:
+    removed, changed, *kept = cut(lambda: run_here(*common, "output=out.jsonl"), 15)
+    with open(parts_of(here / "out.jsonl") / "part-0.jsonl", "a") as part:
         part.write('39\t1\tab\t{"torn')
-    removed, changed, *kept = written
     rows[changed] = rows[changed] | {"max_tokens": 1}
     del rows[removed]
     write_rows(here / "in.jsonl", [{"custom_id": "new", "prompt": "1+2="}, *reversed(rows)])
     done = run(torchrun(2, "topology=dp2", *common, "output=out.jsonl"), here)
     assert done.returncode == 0, done.stderr
-    assert f"resumed: {len(kept)} more rows" in done.stdout
-    assert not parts_folder("out.jsonl").exists()
+    assert f"resumed: {len(kept)} more rows were done by earlier runs" in done.stdout
+    assert f"put aside: 2 answers of rows that are not in the input now, in {here}/out.jsonl.unused" in done.stdout
+    assert not parts_of(here / "out.jsonl").exists()
     assert run_here(*common, "output=fresh.jsonl", "resume=fresh") == 0
     assert (here / "out.jsonl").read_bytes() == (here / "fresh.jsonl").read_bytes()
+
+
+def test_a_finished_output_is_gone_on_from_and_only_by_the_same_model_and_sampling(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(here / "in.jsonl", sums(5))
+    common = (DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    assert run_here(*common) == 0
+    first = (here / "out.jsonl").read_text().splitlines()
+    figures = (here / "out.summary.json").read_bytes()
+    write_rows(here / "in.jsonl", [*sums(7)[:4:-1], *sums(3)])
+    assert run_here(*common, "model.max_model_len=64", "scheduler.max_num_seqs=3") == 0  # 64 is the model's own
+    assert "resumed: 3 more rows" in capfd.readouterr().out
+    second = (here / "out.jsonl").read_text().splitlines()
+    assert second[2:] == first[:3] and [json.loads(line)["custom_id"] for line in second[:2]] == ["sum-6", "sum-5"]
+    assert run_here(*common, "sampling.n=2", "model.dtype=float32") == 2
+    told = capfd.readouterr().err
+    assert 'model.dtype was "bfloat16", is "float32"; sampling.n was 1, is 2; choose another output, or res' in told
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "load", None)  # weights are not even loaded
+        write_rows(here / "in.jsonl", sums(6))
+        assert run_here(*common) == 0
+    told = capfd.readouterr().out
+    assert (
+        told == f"nothing to do: all 6 rows were done by earlier runs\nput aside: 1 answers of rows that are not "
+        f"in the input now, in {here}/out.jsonl.unused\nanswers: out.jsonl\n"
+    )
+    assert (here / "out.jsonl").read_text().splitlines() == [*first, second[1]]
+    assert (here / "out.summary.json").read_bytes() != figures
+    (here / "out.jsonl").unlink()
+    assert run_here(*common) == 0
+    assert "resumed" not in capfd.readouterr().out
+    assert (here / "out.jsonl").read_text().splitlines() == [*first, second[1]]
+
+
+def test_a_job_that_is_requeued_starts_afresh_only_once(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(here / "in.jsonl", sums(9))
+    common = (DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    assert run_here(*common) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    cut(lambda: run_here(*common, "resume=fresh"), 5)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_here(*common, "resume=fresh") == 0
+    assert "resumed: 5 more rows" in capfd.readouterr().out
+
+
+def test_rows_that_failed_are_passed_over_or_tried_again(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_rows(
+        here / "in.jsonl", [*sums(3), {"custom_id": "bad", "prompt": 5}, {"custom_id": "long", "prompt": "1" * 63}]
+    )
+    common = (DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    assert run_here(*common, "scheduler.num_blocks=4") == 0
+    first = (here / "out.jsonl").read_text()
+    assert re.search(r"^rows +3 ok +2 failed", capfd.readouterr().out)
+    assert run_here(*common) == 0
+    assert "nothing to do: all 5 rows" in capfd.readouterr().out
+    assert (here / "out.jsonl").read_text() == first
+    assert run_here(*common, "resume=retry_errors") == 0  # and with room enough for the long one
+    assert re.search(r"^rows +1 ok +1 failed", capfd.readouterr().out)
+    second = (here / "out.jsonl").read_text()
+    assert second.splitlines()[:4] == first.splitlines()[:4] and second != first
+
+
+def test_shards_answer_every_row_once_as_the_whole_does(here: Path) -> None:
+    rows = [*sums(9), {"prompt": "1+2="}, {"custom_id": "sum-3", "prompt": "again"}]
+    write_rows(here / "in.jsonl", rows)
+    common = (DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    assert run_here(*common) == 0
+    shards = []
+    for number in range(2):
+        assert run_here(*common, f"shard=[{number},2]") == 0
+        shards.append((here / f"out-0000{number}-of-00002.jsonl").read_text().splitlines())
+        assert (here / f"out-0000{number}-of-00002.summary.json").exists()
+    whole = (here / "out.jsonl").read_text().splitlines()
+    assert (shards[0], shards[1]) == (whole[::2], whole[1::2])
+
+
+def test_what_is_deleted_while_a_run_works_is_in_its_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts, the answers of an earlier attempt, and the lock."""
+    write_rows(here / "in.jsonl", sums(60))
+    common = (DEMO, "input=in.jsonl", "run_dir=run", "scheduler.max_num_seqs=4", *GREEDY)
+    assert run_here(*common, "output=whole.jsonl") == 0
+    cut(lambda: run_here(*common, "output=out.jsonl"), 20)
+    write, written = PartWriter.write, []
+
+    def deleting(self: PartWriter, *args: Any) -> None:
+        write(self, *args)
+        written.append(args)
+        if len(written) in (1, 20):
+            shutil.rmtree(parts_of(here / "out.jsonl"), ignore_errors=True)
+
+    monkeypatch.setattr(PartWriter, "write", deleting)
+    assert run_here(*common, "output=out.jsonl") == 0
+    assert len(written) == 40 and not parts_of(here / "out.jsonl").exists()
+    assert (here / "out.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_next_goes_on(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(here / "in.jsonl", sums(1500))
+    with small_disk(here / "disk", 200) as disk:
+        overrides = (DEMO, "input=in.jsonl", "output=disk/out.jsonl", "run_dir=run", *GREEDY)
+        done = run(torchrun(2, "topology=dp2", *overrides), here)
+        assert done.returncode != 0
+        [told] = ERROR.findall(done.stderr)
+        assert re.search(
+            r"disk/out.jsonl.parts/part-[01].jsonl can't be written: No space left on device \(0.0 of", told
+        )
+        assert "spmd/" not in done.stderr, "a traceback of ours"
+        [safe] = re.findall(r"the ([\d,]+) answers that it got in this run are safe", told)
+        kept = sum(len(part.read_text().splitlines()) - 1 for part in Places.of(str(disk / "out.jsonl")).parts())
+        assert int(safe) <= kept < 1500
+        enlarge(disk, 8000)
+        assert run_here(*overrides) == 0
+        assert f"resumed: {kept} more rows" in capfd.readouterr().out
+        assert run_here(*overrides, "output=whole.jsonl") == 0
+        assert (disk / "out.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
@@ -327,7 +442,7 @@ def test_a_run_that_is_cut_off_leaves_whole_answers_and_no_processes(here: Path,
     write_rows(here / "in.jsonl", sums(30_000))
     overrides = ("topology=pp2", DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
     job = start(torchrun(2, *overrides), here)
-    part = parts_folder(str(here / "out.jsonl")) / "part-0.jsonl"
+    part = parts_of(here / "out.jsonl") / "part-0.jsonl"
     try:
         deadline = time.monotonic() + 60
         while not part.exists() or part.stat().st_size < 20_000:
@@ -344,7 +459,7 @@ def test_a_run_that_is_cut_off_leaves_whole_answers_and_no_processes(here: Path,
     assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert not (here / "out.jsonl").exists()
     assert told.count("KeyboardInterrupt") == 0
-    whole = part.read_text().splitlines(keepends=True)
+    whole = part.read_text().splitlines(keepends=True)[1:]
     assert len(whole) >= 20
     assert all(line.endswith("\n") and json.loads(line.split("\t")[3])["response"] for line in whole)
 
@@ -364,8 +479,13 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(here: Path) -> None:
     place = command.index("-m", 3)
     done = run([*command[:place], "failing.py", *command[place + 2 :]], here)
     assert done.returncode != 0
-    assert done.stderr.count("RuntimeError: out of memory, say") == 1
+    told = re.findall("^error: .*", done.stderr, re.MULTILINE)
+    assert len(told) == 1 and re.match(r"error: rank 0 \(.*\) failed: RuntimeError: out of memory, say$", told[0])
     assert "out of memory, say" in (here / "run" / "logs" / "rank-0.log").read_text()
+
+
+def parts_of(output: Path) -> Path:
+    return Places.of(str(output)).folder
 
 
 def ranks_of(pid: int) -> list[int]:

@@ -24,7 +24,7 @@ class Judged:
 
     def __init__(self, **params: Any) -> None:
         self.lines: list[dict[str, Any]] = []
-        self.leader = Leader(TOKENIZER, "tested", Metrics(), lambda _, line, key: self.lines.append(json.loads(line)))
+        self.leader = Leader(TOKENIZER, "tested", Metrics(), lambda _, line, *key: self.lines.append(json.loads(line)))
         self.request = Request(0, 0, [*PROMPT], SamplingParams(temperature=0.0, **params))
         self.leader.take(Job(0, "a", False, [self.request], PROMPT, return_token_ids=True))
         self.judged = 0

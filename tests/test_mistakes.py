@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     """Runs a job that must fail before it loads weights; the one line it prints."""
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "in.jsonl", [{"prompt": "1+2="}])
+    (tmp_path / "old.jsonl").write_text("of unknown origin\n")
 
     def tell(*overrides: str, world_size: int = 1) -> str:
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -62,6 +64,14 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         (["input=."], "input=. is a directory"),
         (["output=."], "output=. is a directory"),
         (["output=in.jsonl"], "output=in.jsonl is the input: it would be overwritten"),
+        (
+            ["output=old.jsonl"],
+            "output=old.jsonl exists without old.jsonl.journal, which a run leaves beside its answer",
+        ),
+        (["shard=[2,2]"], "shard=[2, 2] must be null or two numbers [i, n] with 0 <= i < n"),
+        (["shard=[-1,2]"], "shard=[-1, 2] must be null or two numbers"),
+        (["shard=[1]"], "shard=[1] must be null or two numbers"),
+        (["resume=maybe"], "resume=maybe is not one of auto, fresh, retry_errors"),
         (["run_dir=in.jsonl"], "Not a directory: 'in.jsonl/logs'"),
         (["output=in.jsonl/out.jsonl"], "output=in.jsonl/out.jsonl can't be written: Not a directory"),
     ],
@@ -113,7 +123,7 @@ def test_input_that_is_empty_or_not_readable(told: Told, tmp_path: Path) -> None
 
 
 def test_of_two_ranks_one_tells_and_torchrun_ends_both(tmp_path: Path) -> None:
-    """Both see that the world is too small; only the second stage sees that the checkpoint lacks one of its tensors."""
+    """The world is too small; the checkpoint lacks a tensor of the second stage; one rank has another configuration."""
     write_rows(tmp_path / "in.jsonl", [{"prompt": [1]}])
     small = run(torchrun(2, "topology.pp=3", "model=demo", *FILES), tmp_path)
     write_checkpoint(tmp_path / "model", "Qwen3ForCausalLM")
@@ -121,9 +131,14 @@ def test_of_two_ranks_one_tells_and_torchrun_ends_both(tmp_path: Path) -> None:
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     lacking = run(torchrun(2, "topology.pp=2", "model.path=model", *FILES), tmp_path)
+    differing = torchrun(2, "topology.pp=2", "model.path=model", *FILES)
+    place = differing.index("-m", 3)
+    command = f"{sys.executable} {' '.join(differing[place:])} scheduler.max_num_seqs=$((16 + RANK))"
+    differs = run([*differing[:place], "--no-python", "bash", "-c", f"exec {command}"], tmp_path)
     for done, message in (
         (small, "error: topology.dp=1 x topology.pp=3 x topology.tp=1 needs 3 processes, torchrun started 2"),
-        (lacking, "error: model lacks layers.3.mlp.up_proj.weight, which Qwen3ForCausalLM needs [rank 1,"),
+        (lacking, "error: model lacks layers.3.mlp.up_proj.weight, which Qwen3ForCausalLM needs on stage 1"),
+        (differs, "error: ranks disagree: scheduler.max_num_seqs is 17 on rank 1 ("),
     ):
         assert done.returncode != 0
         told = re.findall("^error: .*", done.stderr, re.MULTILINE)

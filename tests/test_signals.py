@@ -43,7 +43,7 @@ def test_a_loop_is_asked_first_and_ended_the_second_time(tmp_path: Path, number:
     assert not ended
     process.send_signal(number)
     assert process.wait(20) == STOPPED
-    assert (tmp_path / "status").read_text() == "75\n"
+    assert not (tmp_path / "status").exists(), "it may follow from another rank's crash"
 
 
 def test_a_rank_that_waits_in_a_collective_hears_too(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_outside_a_loop_the_first_ends_the_rank(tmp_path: Path) -> None:
     process = start(tmp_path, "start-up", "collective")
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == STOPPED
-    assert (tmp_path / "status").read_text() == "75\n"
+    assert not (tmp_path / "status").exists(), "it may follow from another rank's crash"
 
 
 def test_handlers_are_left_as_they_were() -> None:

@@ -1,13 +1,16 @@
 """The input file as a source of jobs: every rank reads all of it, and builds the rows of its own replica only."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
+from spmd.io.keys import KeyTable
 from spmd.io.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, load
 from spmd.io.source import SKIPPED, Skipped
 from spmd.io.wording import first_line
+
+BLOCK = 2**20  # bytes
 
 
 class Reader:
@@ -17,15 +20,18 @@ class Reader:
     it, whether or not it can be answered, and later ones are bad rows. This takes an 8-byte digest of each id in a
     set, about 90 bytes a row (18 MB for 200,000 rows).
 
-    Rows that an earlier attempt answered are passed over. A row's key is a digest of its content, its id, and of what
-    else shapes the answer (`identity`), so a changed row, model or sampling is answered anew.
+    Rows that an earlier run has done are passed over. A row's key is a digest of its content, its id, and of what
+    else shapes the answer (`identity`), so a changed row, model or sampling is answered anew. A row whose custom_id is
+    an earlier one's has no key and is never passed over.
 
     Args:
         path: the input file, one JSON object a line.
-        parser: what turns lines into jobs.
-        answered: keys of the rows to pass over; `placed` then tells where each of them stands.
+        parser: what turns lines into jobs; None: nobody will ask for them.
+        done: keys of rows to pass over; each is set to its row's number when that is met.
         identity: what all answers depend on besides their rows: the model and the sampling defaults.
         size: bytes to read, so that all ranks end at the same row of a file that still grows; None: all there are.
+        shard: [i, n]: rows whose number is i modulo n are the only ones to answer. Their ids, numbers and duplicates
+            are those of the whole input.
 
     Raises:
         ValueError: the file can't be read or is empty. Raised here and not at the first row: the model loads between.
@@ -34,33 +40,34 @@ class Reader:
     def __init__(
         self,
         path: str,
-        parser: RowParser,
-        answered: Iterable[int] = (),
+        parser: RowParser | None,
+        done: KeyTable | None = None,
         identity: str = "",
         size: int | None = None,
+        shard: Sequence[int] | None = None,
     ) -> None:
         self.path = path
         self.parser = parser
-        self.answered = frozenset(answered)
+        self.done = KeyTable() if done is None else done
         self.identity = blake2b(identity.encode(), digest_size=16).digest()
-        self.placed: dict[int, int] = {}  # key of an answered row: its number
         self.size = check_input(path) if size is None else size  # bytes
+        self.shard, self.shards = shard or (0, 1)
         self.consumed = 0  # bytes
-        self.rows = 0  # of all replicas so far
-        self._unanswered = self._read()
+        self.rows = 0  # so far, of all replicas and shards
+        self._to_do = self._read()
 
     def take(self, own: bool) -> Job | BadRow | Skipped | None:
-        """Go on to the next row that no earlier attempt answered; build it if it is one's `own`. None: the end."""
-        found = next(self._unanswered, None)
+        """Go on to the next row that is to be answered; build it if it is one's `own`. None: the end."""
+        found = next(self._to_do, None)
         if found is None or not own:
             return found and SKIPPED
         row, key = found
-        if isinstance(row, BadRow):
-            return row
-        built = self.parser.build(row)
-        return replace(built, key=key) if isinstance(built, Job) else built
+        if isinstance(row, Row):
+            assert self.parser is not None
+            return replace(self.parser.build(row), key=key)
+        return replace(row, key=key)
 
-    def _read(self) -> Iterator[tuple[Row | BadRow, int]]:
+    def _read(self) -> Iterator[tuple[Row | BadRow, int | None]]:
         """Rows to answer, with their keys."""
         seen: set[int] = set()
         for line in self._lines():
@@ -71,14 +78,17 @@ class Reader:
             digest = _digest(custom_id)
             duplicate = digest in seen
             seen.add(digest)
-            key = _digest(custom_id + b"\0" + line.strip(), self.identity)
-            if key in self.answered and not duplicate:
-                self.placed[key] = index
+            if index % self.shards != self.shard:
                 continue
-            if duplicate and not isinstance(row, BadRow):
-                message = f"custom_id {row.custom_id!r} is that of an earlier row too"
-                row = BadRow(index, row.custom_id, message, "duplicate_custom_id")
-            yield row, key
+            if duplicate:
+                if isinstance(row, Row):
+                    message = f"custom_id {row.custom_id!r} is that of an earlier row too"
+                    row = BadRow(index, row.custom_id, message, "duplicate_custom_id")
+                yield row, None
+                continue
+            key = _digest(custom_id + b"\0" + line.strip(), self.identity)
+            if not self.done.set(key, index):
+                yield row, key
 
     def _lines(self) -> Iterator[bytes]:
         """Lines that are not blank; of one that is too long, enough to be found so."""
@@ -113,3 +123,23 @@ def check_input(path: str) -> int:
     if size == 0:
         raise ValueError(f"input={path} is empty")
     return size
+
+
+def input_digest(path: str, size: int) -> str:
+    """A digest of the first `size` bytes of a file; of all there are if it is shorter."""
+    digest = blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(min(size, BLOCK)):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+def count_lines(path: str, size: int) -> int:
+    """Lines within the first `size` bytes of a file, blank ones and a last one without end included."""
+    lines, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(min(size, BLOCK)):
+            lines += block.count(b"\n")
+            size, last = size - len(block), block[-1:]
+    return lines + (last != b"\n")

@@ -71,6 +71,7 @@ class BadRow:
     custom_id: str
     message: str
     code: str = "invalid_request"  # or invalid_json, duplicate_custom_id, context_length_exceeded
+    key: int | None = None  # as a Job's
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -32,6 +35,39 @@ def resolve(path: str, revision: str | None = None) -> Path:
         raise ValueError(f"model.path={path} is neither a folder nor a Hub id within reach: {reason}") from error
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which tensors the files of a checkpoint hold, as the index or their headers say."""
+
+    path: str
+    files: dict[str, Path]  # that holds each tensor
+    names: dict[str, str]  # of each tensor, by what `Decoder.pieces` calls it
+
+    @property
+    def stacked(self) -> bool:
+        """Whether one tensor holds all experts of a layer."""
+        return any(name.endswith(".experts.gate_up_proj") for name in self.names)
+
+    def check_complete(self, needed: Iterable[str], arch: Architecture, where: str = "") -> None:
+        """Raises a ValueError if it lacks some of them; `where` says who needs them."""
+        if missing := [name for name in needed if name not in self.names]:
+            raise ValueError(f"{self.path} lacks {_listed(missing)}, which {arch.family} needs{where}")
+
+    def check_known(self, known: Container[str], arch: Architecture) -> None:
+        """Raises a ValueError if it holds tensors that the whole model does not have."""
+        if unknown := [raw for name, raw in self.names.items() if name not in known and not _is_redundant(name, arch)]:
+            raise ValueError(
+                f"{self.path} holds {_listed(unknown)}, which {arch.family} with this config.json does not have"
+            )
+
+    def by_file(self, needed: Iterable[str]) -> dict[Path, list[str]]:
+        """The needed tensors of each file that has some."""
+        found: dict[Path, list[str]] = {}
+        for name in needed:
+            found.setdefault(self.files[self.names[name]], []).append(name)
+        return dict(sorted(found.items()))
+
+
 def load(decoder: Decoder, path: str, load_format: str = "auto", revision: str | None = None, seed: int = 0) -> None:
     """Fill every parameter of `decoder`, from the checkpoint at `path` or, with `dummy`, at random.
 
@@ -41,18 +77,44 @@ def load(decoder: Decoder, path: str, load_format: str = "auto", revision: str |
     if load_format == "dummy":
         fill_randomly(decoder.pieces(), seed)
         return
-    arch = decoder.arch
-    files = _tensor_files(resolve(path, revision))
-    names = {_canonical(name): name for name in files}
-    stacked = any(name.endswith(".experts.gate_up_proj") for name in names)
-    pieces = decoder.pieces(stacked)
-    if missing := [name for name in pieces if name not in names]:
-        raise ValueError(f"{path} lacks {_listed(missing)}, which {arch.family} needs")
-    known = Decoder(arch, device="meta").pieces(stacked)
-    if unknown := [raw for name, raw in names.items() if name not in known and not _is_redundant(name, arch)]:
-        raise ValueError(f"{path} holds {_listed(unknown)}, which {arch.family} with this config.json does not have")
-    for file in sorted({files[names[name]] for name in pieces}):
-        _read(file, [(names[name], pieces[name]) for name in pieces if files[names[name]] == file])
+    checkpoint = _open(path, revision)
+    pieces = decoder.pieces(checkpoint.stacked)
+    checkpoint.check_complete(pieces, decoder.arch)
+    checkpoint.check_known(Decoder(decoder.arch, device="meta").pieces(checkpoint.stacked), decoder.arch)
+    for file, names in checkpoint.by_file(pieces).items():
+        with _reading(file) as opened:
+            for name in names:
+                source = _slices(opened, file, checkpoint.names[name], pieces[name])
+                for piece in pieces[name]:
+                    piece.target.copy_(source[piece.index])
+
+
+def check_files(
+    arch: Architecture, path: str, load_format: str, revision: str | None, layers: Sequence[range]
+) -> Checkpoint | None:
+    """Check that a checkpoint has what the stages need, from its headers alone; None with `dummy`, which needs none.
+
+    Args:
+        layers: those of each stage.
+
+    Raises:
+        ValueError: as `load` would on some stage, which is named if there are several.
+    """
+    if load_format == "dummy":
+        return None
+    checkpoint = _open(path, revision)
+    for stage, own in enumerate(layers):
+        first, last = stage == 0, stage == len(layers) - 1
+        needed = Decoder(arch, own, first, last, device="meta").pieces(checkpoint.stacked)
+        where = f" on stage {stage} (layers {own[0]}-{own[-1]})" if len(layers) > 1 else ""
+        checkpoint.check_complete(needed, arch, where)
+    pieces = Decoder(arch, device="meta").pieces(checkpoint.stacked)
+    checkpoint.check_known(pieces, arch)
+    for file, names in checkpoint.by_file(pieces).items():
+        with _reading(file) as opened:
+            for name in names:
+                _slices(opened, file, checkpoint.names[name], pieces[name])
+    return checkpoint
 
 
 def fill_randomly(pieces: dict[str, list[Piece]], seed: int) -> None:
@@ -74,38 +136,53 @@ def fill_randomly(pieces: dict[str, list[Piece]], seed: int) -> None:
             piece.target.copy_(whole.uniform_(-bound, bound, generator=generator)[piece.index])
 
 
-def _read(file: Path, tensors: Iterable[tuple[str, list[Piece]]]) -> None:
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """An open safetensors file; what is wrong with it becomes a ValueError."""
     try:
         with safe_open(file, framework="pt") as opened:
-            for name, pieces in tensors:
-                source = opened.get_slice(name)
-                for piece in pieces:
-                    shape = tuple(source.get_shape())
-                    if shape != piece.shape:
-                        raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {piece.shape}")
-                    piece.target.copy_(source[piece.index])
-    except SafetensorError as error:
+            yield opened
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _slices(opened: Any, file: Path, name: str, pieces: Sequence[Piece]) -> Any:
+    """The tensor `name` of an open file, to be read slice by slice; it has the shape that its pieces are of."""
+    source = opened.get_slice(name)
+    shape = tuple(source.get_shape())
+    for piece in pieces:
+        if shape != piece.shape:
+            raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {piece.shape}")
+    return source
+
+
+def _open(path: str, revision: str | None) -> Checkpoint:
+    files = _tensor_files(resolve(path, revision))
+    return Checkpoint(path, files, {_canonical(name): name for name in files})
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file that holds each tensor."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = {name: folder / file for name, file in _weight_map(index).items()}
         if absent := sorted({file.name for file in files.values() if not file.is_file()}):
             raise ValueError(f"{folder} lacks {_listed(absent)}, which {index.name} names")
         return files
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                files |= dict.fromkeys(opened.keys(), file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+        with _reading(file) as opened:
+            files |= dict.fromkeys(opened.keys(), file)
     if not files:
         raise ValueError(f"{folder} has no *.safetensors; model.load_format=dummy runs without weights")
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} cannot be read: {error!r}") from error
 
 
 def _canonical(name: str) -> str:

@@ -115,9 +115,7 @@ class Guard(threading.Thread):
                 log.exception("the guard failed")
                 if self.config.enabled:
                     rank, said = self.topology.rank, str(error).split("\n")[0]
-                    self._end(
-                        f"rank {rank} can't reach the ranks' store any more: {said}", FAILED, (), True
-                    )
+                    self._end(f"rank {rank} can't reach the ranks' store any more: {said}", FAILED, (), True)
 
     def _relay(self) -> None:
         """Signals on any rank become known to all leaders."""
@@ -191,7 +189,7 @@ class Guard(threading.Thread):
     def _end(self, message: str, status: int, lost: tuple[int, ...], teller: int) -> None:
         """Leave the message and all stacks in the log, take ranks with it that can't end themselves, and exit."""
         log.error(message)
-        with open(self.logs / f"rank-{self.topology.rank}.log", "a") as file:
+        with suppress(OSError), open(self.logs / f"rank-{self.topology.rank}.log", "a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         if teller == self.topology.rank:
             print(f"error: {message}", file=sys.stderr, flush=True)

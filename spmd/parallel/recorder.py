@@ -23,8 +23,11 @@ class Recorder:
     """int64 numbers: the last tick, then in turn entries of a tick and its marks. The loop alone writes."""
 
     def __init__(self, file: Path) -> None:
-        """Raises OSError if the file can't be made."""
-        file.write_bytes(array("q", [NONE] * (SIZE // 8)).tobytes())
+        """Raises ValueError if the file can't be made."""
+        try:
+            file.write_bytes(array("q", [NONE] * (SIZE // 8)).tobytes())
+        except OSError as error:
+            raise ValueError(f"{file} can't be written: {error.strerror}") from error
         with open(file, "r+b") as opened:
             self._map = mmap.mmap(opened.fileno(), SIZE)
         self._numbers = memoryview(self._map).cast("q")

@@ -102,8 +102,8 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = (), stop: Stop
     return report
 
 
-def _keep(report: Report) -> Callable[[int, str], None]:
-    def write(index: int, line: str, key: int | None) -> None:
+def _keep(report: Report) -> Callable[[int, str, int | None, bool], None]:
+    def write(index: int, line: str, key: int | None, failed: bool) -> None:
         answer = json.loads(line)
         assert answer["error"] is None, answer
         choices = answer["response"]["body"]["choices"]

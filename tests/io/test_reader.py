@@ -1,5 +1,7 @@
 import json
 import tracemalloc
+from array import array
+from hashlib import blake2b
 
 import pytest
 from broken_rows import MAX_MODEL_LEN, make_rows
@@ -7,7 +9,8 @@ from tiny_tokenizer import make_tokenizer
 
 from spmd.config import SamplingConfig
 from spmd.io import rows
-from spmd.io.reader import Reader
+from spmd.io.keys import KeyTable, pack
+from spmd.io.reader import Reader, count_lines, input_digest
 from spmd.io.rows import BadRow, Job, RowParser
 from spmd.io.source import SKIPPED
 
@@ -126,15 +129,51 @@ def test_an_input_without_permission(tmp_path, monkeypatch):
         Reader(path, PARSER)
 
 
-def test_answered_rows_are_passed_over_on_every_replica(tmp_path):
+def table(keys):
+    return KeyTable(pack(array("Q", keys)))
+
+
+def test_rows_that_are_done_are_passed_over_on_every_replica(tmp_path):
     path = write(tmp_path / "in.jsonl", [b'{"custom_id": "%d", "prompt": "hello"}\n' % row for row in range(20)])
     keys = {job.index: job.key for job in read(path)}
-    answered = [keys[row] for row in range(0, 20, 2)]  # all of what replica 0 would have had
-    readers = [Reader(path, PARSER, answered) for _ in range(2)]
+    done = [keys[row] for row in range(0, 20, 2)]  # all of what replica 0 would have had
+    readers = [Reader(path, PARSER, table(done)) for _ in range(2)]
     dealt = [rows_of(reader, 2, dp_rank) for dp_rank, reader in enumerate(readers)]
     assert [[job.index for job in jobs] for jobs in dealt] == [[1, 5, 9, 13, 17], [3, 7, 11, 15, 19]]
-    assert readers[0].placed == readers[1].placed == {keys[row]: row for row in range(0, 20, 2)}
-    assert not set(answered) & {job.key for job in rows_of(Reader(path, PARSER, answered, "another model"))}
+    for reader in readers:
+        assert [reader.done.values[reader.done.find(key)] for key in done] == list(range(0, 20, 2))
+    assert not set(done) & {job.key for job in rows_of(Reader(path, PARSER, table(done), "another model"))}
+
+
+def test_bad_rows_have_keys_too_but_not_those_that_repeat_an_id(tmp_path):
+    row, bad = b'{"custom_id": "a", "prompt": "x"}\n', b'{"custom_id": "b", "prompt": 5}\n'
+    path = write(tmp_path / "in.jsonl", [row, row, bad, bad, b"{\n", b'{"prompt": "too long' + b" x" * 99 + b'"}\n'])
+    keys = [result.key for result in read(path)]
+    assert [key is None for key in keys] == [False, True, False, True, False, False]
+    known = [key for key in keys if key is not None]
+    assert len(set(known)) == 4
+    left = rows_of(Reader(path, PARSER, table(known)))
+    assert [(result.index, result.key) for result in left] == [(1, None), (3, None)]
+
+
+def test_shards_together_read_the_whole_with_its_numbers_ids_and_duplicates(tmp_path):
+    path = write(tmp_path / "in.jsonl", make_rows(200, 50))
+    whole, shards = read(path), [rows_of(Reader(path, PARSER, shard=[number, 3])) for number in range(3)]
+    assert [result.index for result in shards[1]] == list(range(1, 250, 3))
+    together = sorted((result for shard in shards for result in shard), key=lambda result: result.index)
+    assert describe(together) == describe(whole)
+    assert [result.key for result in together] == [result.key for result in whole]
+    assert any(getattr(result, "code", "") == "duplicate_custom_id" for result in whole)
+    assert [rows_of(Reader(path, PARSER, shard=[number, 300])) == [] for number in (249, 250)] == [False, True]
+
+
+def test_digest_and_lines_of_the_beginning_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("spmd.io.reader.BLOCK", 10)
+    content = b"".join(b"%d\n" % row for row in range(50))
+    path = write(tmp_path / "in.jsonl", [content])
+    for size in (0, 1, 2, 9, 10, 11, 20, len(content), len(content) + 5):
+        assert input_digest(path, size) == blake2b(content[:size], digest_size=16).hexdigest()
+        assert count_lines(path, size) == len(content[:size].splitlines())
 
 
 def test_rows_appended_during_the_run_are_left_for_the_next(tmp_path):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import FAMILIES, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spmd.model.architecture import read_architecture
-from spmd.model.checkpoint import load, resolve
+from spmd.model.checkpoint import check_files, load, resolve
 from spmd.model.decoder import Decoder
 from spmd.parallel.tensor import TensorParallel
 
@@ -139,3 +139,40 @@ def test_resolve(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
     with pytest.raises(ValueError, match="nowhere/at/all is neither a folder nor a Hub id"):
         resolve("nowhere/at/all")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_headers_tell_what_the_stages_lack(tmp_path: Path, family: str) -> None:
+    """Of all stages at once, and with several it is said which needs it."""
+    path = write_checkpoint(tmp_path, family)
+    arch, two = read_architecture(path), [range(3), range(3, 4)]
+    checkpoint = check_files(arch, path, "auto", None, two)
+    assert checkpoint is not None and {file.name for file in checkpoint.files.values()} == {"model.safetensors"}
+    edit(path, lambda tensors: (tensors.pop("model.layers.3.input_layernorm.weight"), tensors.pop("lm_head.weight")))
+    lacking = r"lacks layers\.3\.input_layernorm\.weight, lm_head\.weight, which " + family + " needs"
+    with pytest.raises(ValueError, match=lacking + r" on stage 1 \(layers 3-3\)$"):
+        check_files(arch, path, "auto", None, two)
+    with pytest.raises(ValueError, match=lacking + "$"):
+        check_files(arch, path, "auto", None, [range(4)])
+    assert check_files(arch, path, "dummy", None, two) is None
+
+
+def test_headers_tell_of_tied_embeddings_and_of_shapes(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "Qwen2ForCausalLM", tie_word_embeddings=True)
+    arch, two = read_architecture(path), [range(2), range(2, 4)]
+    check_files(arch, path, "auto", None, two)
+    edit(path, lambda tensors: tensors.update({"model.layers.3.self_attn.q_proj.bias": torch.zeros(65)}))
+    with pytest.raises(ValueError, match=r"layers\.3\.self_attn\.q_proj\.bias has shape \(65,\), .* implies \(64,\)"):
+        check_files(arch, path, "auto", None, two)
+    edit(path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match=r"lacks embed_tokens\.weight, which Qwen2ForCausalLM needs on stage 0"):
+        check_files(arch, path, "auto", None, two)
+
+
+def test_an_index_that_is_broken(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "LlamaForCausalLM", shard="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    for content in ("{", "[]", "{}"):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json cannot be read: "):
+            loaded(path)

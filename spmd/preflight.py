@@ -1,0 +1,237 @@
+"""A run's check before it starts: one process, no weights, no GPUs, for any number of ranks.
+
+python -m spmd.preflight topology=pp4 model.path=DIR input=in.jsonl output=out.jsonl
+
+What isn't given isn't checked. It ends at the first thing that would end the run, with the same message.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from spmd.build import model_shape
+from spmd.compose import CONF, USAGE, compose, tell
+from spmd.config import (
+    Config,
+    block_size,
+    check,
+    decode_buckets,
+    decode_rows,
+    max_num_batched_tokens,
+    warnings,
+)
+from spmd.io.places import Places, shard_output
+from spmd.io.reader import Reader
+from spmd.io.rows import BadRow, RowParser
+from spmd.io.tokenizing import load_generation_config, load_tokenizer
+from spmd.io.wording import first_line
+from spmd.model.architecture import Architecture
+from spmd.model.build import max_model_len, stages
+from spmd.model.checkpoint import check_files
+from spmd.model.memory import (
+    CUDA_BYTES,
+    Device,
+    blocks_that_fit,
+    check_memory,
+    least_blocks,
+    machine_bytes,
+    most_blocks,
+    needs,
+    readable,
+)
+from spmd.report.progress import estimate_rows
+from spmd.topology import Topology
+
+SAMPLE_ROWS, SAMPLE_BYTES = 2000, 16 * 2**20  # of the input, whichever is less
+SHOWN = 3  # bad rows that are told one by one
+
+
+def main() -> None:
+    """Print what is well; the first thing that isn't becomes one line, and exit status 2."""
+    os.environ.setdefault("SPMD_HOME", str(CONF.parent))  # where model=demo lies
+    try:
+        for name, (first, *more) in preflight(compose()):
+            print(f"ok  {name:<11} {first}", *more, sep=f"\n{'':16}", flush=True)
+    except (ValueError, OSError) as error:
+        tell(ValueError(error))
+        sys.exit(USAGE)
+
+
+def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """What was checked, step by step, and what there is to say of it, at least one line.
+
+    Raises:
+        ValueError: what the user can mend.
+    """
+    t = config.topology
+    check(config, t.dp * t.pp * t.tp)
+    device = smallest_device(config)
+    kind = device.kind if device else "cuda"
+    yield "config", _config(config, kind)
+    arch = model_shape(config, Topology(t.dp, t.pp, t.tp))
+    yield "model", [_model(config, arch)]
+    yield "checkpoint", _checkpoint(config, arch)
+    yield "memory", _memory(config, arch, kind, device)
+    parser = _parser(config, arch, device)
+    yield "tokenizer", [_tokenizer(parser)]
+    if config.input is not None:
+        yield "input", _input(config.input, parser, config.shard)
+    if config.output is not None:
+        yield "output", [_output(shard_output(config.output, config.shard), config.input)]
+    yield "logs", [_logs(config)]
+
+
+def smallest_device(config: Config) -> Device | None:
+    """The smallest device that a rank will have; None for GPUs of which nothing is known."""
+    gib = config.preflight.device_memory
+    if gib is not None and gib <= 0:
+        raise ValueError(f"preflight.device_memory={gib} must be more than 0, in GiB")
+    here = torch.cuda.is_available()
+    if config.device == "cpu" or not (gib or here or config.device == "cuda"):
+        t = config.topology
+        return Device("cpu", machine_bytes() // (t.dp * t.pp * t.tp), place="if all ranks run on this machine")
+    if gib:
+        return Device("cuda", int(gib * 2**30), CUDA_BYTES, f"preflight.device_memory={gib:g}")
+    if not here:
+        return None
+    total = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
+    return Device("cuda", total, CUDA_BYTES, "this machine's")
+
+
+def _config(config: Config, kind: str) -> list[str]:
+    t, buckets = config.topology, sorted(decode_buckets(config, kind))
+    return [
+        f"processes: {t.dp * t.pp * t.tp} (dp {t.dp} x pp {t.pp} x tp {t.tp}), device: {kind}",
+        f"{decode_rows(config)} decode rows a micro-batch, padded to {', '.join(map(str, buckets))}; "
+        f"{max_num_batched_tokens(config, kind):,} tokens a plan",
+        *(f"warning: {warning}" for warning in warnings(config)),
+    ]
+
+
+def _model(config: Config, arch: Architecture) -> str:
+    dtype, longest = str(arch.dtype).removeprefix("torch."), max_model_len(config, arch)
+    return f"{arch.family}, {arch.num_layers} layers, {dtype}, requests of up to {longest:,} tokens"
+
+
+def _checkpoint(config: Config, arch: Architecture) -> list[str]:
+    m = config.model
+    assert m.path is not None
+    checkpoint = check_files(arch, m.path, m.load_format, m.revision, stages(config, arch))
+    if checkpoint is None:
+        return ["none: random weights (model.load_format=dummy)"]
+    return [f"{m.path}: tensors: {len(checkpoint.files):,}, files: {len(set(checkpoint.files.values())):,}"]
+
+
+def _memory(config: Config, arch: Architecture, kind: str, device: Device | None) -> list[str]:
+    """What the devices have, and a table of what each rank of a stage needs."""
+    told = ["no GPU is here and preflight.device_memory (GiB) isn't set: there is nothing to compare with"]
+    if device:
+        cautions = check_memory(config, arch, [device] * config.topology.pp)
+        told = [f"{readable(device.total)} for each rank ({device.place}), {_cached(config, arch, device)}"]
+        told += [f"warning: {caution}" for caution in cautions]
+    least, most = least_blocks(config, arch, kind), most_blocks(config, arch, kind)
+    rows = [["stage", "layers", "weights", "KV cache: least", "all seats", "activations"]]
+    for stage in needs(config, arch, kind):
+        counts = (stage.weights, least * stage.block, most * stage.block, stage.activations)
+        rows.append([str(stage.stage), f"{stage.layers[0]}-{stage.layers[-1]}", *map(readable, counts)])
+    return told + _columns(rows)
+
+
+def _cached(config: Config, arch: Architecture, device: Device) -> str:
+    tokens, longest = _capacity(config, arch, device), max_model_len(config, arch)
+    return f"of which the KV cache gets {tokens:,} tokens a replica, {tokens / longest:.1f} requests of {longest:,}"
+
+
+def _capacity(config: Config, arch: Architecture, device: Device) -> int:
+    blocks = blocks_that_fit(config, arch, [device] * config.topology.pp)
+    return (blocks - 1) * block_size(config, device.kind)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _parser(config: Config, arch: Architecture, device: Device | None) -> RowParser:
+    m, longest = config.model, max_model_len(config, arch)
+    assert m.path is not None
+    return RowParser(
+        load_tokenizer(m.tokenizer or m.path, m.revision),
+        load_generation_config(m.path, m.revision),
+        config.sampling,
+        longest,
+        _capacity(config, arch, device) if device else longest,
+        arch.vocab_size,
+    )
+
+
+def _tokenizer(parser: RowParser) -> str:
+    tokenizer = parser.tokenizer
+    if tokenizer is None:
+        return "none: prompts must be token ids"
+    chat = "with" if tokenizer.chat_template else "no"
+    return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, {chat} chat template"
+
+
+def _input(path: str, parser: RowParser, shard: Sequence[int] | None) -> list[str]:
+    """Its first rows, read as a run would.
+
+    Raises:
+        ValueError: it can't be read, or none of them can be answered.
+    """
+    reader, good = Reader(path, parser, shard=shard), 0
+    bad: list[str] = []
+    while good + len(bad) < SAMPLE_ROWS and reader.consumed < min(SAMPLE_BYTES, reader.size):
+        row = reader.take(True)
+        if isinstance(row, BadRow):
+            bad.append(f"row {row.index} ({row.custom_id}): {row.message}")
+        elif row is None:
+            break
+        else:
+            good += 1
+    if bad and not good:
+        raise ValueError(f"input={path}: none of its first {len(bad):,} rows can be answered; {bad[0]}")
+    about = estimate_rows(reader.rows, reader.consumed, reader.size) or 0
+    rows = f"{about:,} rows" if reader.consumed >= reader.size else f"about {about:,} rows"
+    told = f"{path}: {rows}, {readable(reader.size)}; of the first {good + len(bad):,} {len(bad):,} will be error lines"
+    return [told, *bad[:SHOWN]]
+
+
+def _output(output: str, input: str | None) -> str:
+    places = Places.of(output)
+    if places.output.exists() and not places.output.is_file():
+        raise ValueError(f"output={output} is {'a directory' if places.output.is_dir() else 'no regular file'}")
+    if input is not None and Path(input).resolve() == places.output:
+        raise ValueError(f"output={output} is the input: it would be overwritten")
+    free = _writable(places.output.parent, f"output={output}")
+    earlier = "; answers of an earlier run are there" if places.folder.exists() or places.output.exists() else ""
+    return f"{output}: {readable(free)} free{earlier}"
+
+
+def _logs(config: Config) -> str:
+    run_dir = config.run_dir or "runs/<SLURM job id, or start time and process>"
+    _writable(Path(config.run_dir or "runs").resolve(), f"run_dir={config.run_dir or 'runs'}")
+    return f"{run_dir}/logs/rank-<n>.log"
+
+
+def _writable(folder: Path, name: str) -> int:
+    """Bytes that are free where a folder is or will be made.
+
+    Raises:
+        ValueError: it can't be written to.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return shutil.disk_usage(there).free
+    except OSError as error:
+        raise ValueError(f"{name} can't be written: {there}: {error.strerror or first_line(error)}") from error
+
+
+if __name__ == "__main__":
+    main()
