@@ -68,9 +68,10 @@ def array(slurm: Cluster, folder: Path) -> str:
     """An array of two jobs, on two nodes each, whose ranks srun starts itself; both are cut short."""
     options = {"NODES": 2, "GPUS": 1, "CPUS": 1, "NATIVE": 1, "ARRAY": 2}
     array = make_slurm(slurm, folder, "topology=pp2 output=whole.jsonl", **options)
-    by_hand, by_clock = f"{array}_0", f"{array}_1"
-    cut_short(slurm, folder, by_hand, "whole-00000-of-00002.jsonl", lambda: slurm.run("scontrol", "requeue", by_hand))
-    cut_short(slurm, folder, by_clock, "whole-00001-of-00002.jsonl", lambda: slurm.warn(by_clock))
+    for part, end in enumerate([lambda job: slurm.run("scontrol", "requeue", job), slurm.warn]):
+        until_it_answers(slurm, folder, f"{array}_{part}", f"whole-0000{part}-of-00002.jsonl")
+        end(f"{array}_{part}")
+    until(lambda: all(slurm.job(f"{array}_{part}")["Restarts"] == "1" for part in range(2)), "the requeues")
     return array
 
 
@@ -96,16 +97,14 @@ def texts(output: Path) -> dict[str, str]:
     return answers
 
 
-def cut_short(slurm: Cluster, folder: Path, job: str, output: str, end: Callable[[], object]) -> None:
-    """Let a job that has just been started, or started again, answer a few rows, end it, and wait for its requeue."""
+def until_it_answers(slurm: Cluster, folder: Path, job: str, output: str) -> None:
+    """Wait until a job that has been started, or requeued, answers rows."""
     state = slurm.job(job)
     attempt, run = int(state["Restarts"]), folder / "runs" / state["JobId"]
-    until(lambda: attempt == 0 or (run / f"logs.{attempt}").exists(), "the attempt")
-    until(lambda: "start-up: " in read(run / "logs" / "rank-0.log"), "the ranks")
+    until(lambda: attempt == 0 or (run / f"logs.{attempt}").exists(), f"attempt {attempt} of job {job}")
+    until(lambda: "start-up: " in read(run / "logs" / "rank-0.log"), f"the ranks of job {job}")
     before = answered(folder / output)
-    until(lambda: answered(folder / output) > before + 20, "answers")
-    end()
-    until(lambda: slurm.job(job)["Restarts"] == str(attempt + 1), "a requeue")
+    until(lambda: answered(folder / output) > before + 20, f"answers of job {job}")
 
 
 def answered(output: Path) -> int:
@@ -140,8 +139,10 @@ def test_a_cancelled_job_is_not_requeued(slurm: Cluster, folder: Path, stand_ins
 def test_a_job_is_requeued_until_each_row_is_answered_once(slurm: Cluster, folder: Path, array: str) -> None:
     """Ended by the warning of its time limit and by the death of a rank."""
     job = make_slurm(slurm, folder, "topology=pp2 output=out.jsonl", NODES=2, PROCS=1)
-    cut_short(slurm, folder, job, "out.jsonl", lambda: slurm.warn(job))
-    cut_short(slurm, folder, job, "out.jsonl", lambda: os.kill(pid_of_rank(job, 1), signal.SIGKILL))
+    for attempt, end in enumerate([slurm.warn, lambda job: os.kill(pid_of_rank(job, 1), signal.SIGKILL)], 1):
+        until_it_answers(slurm, folder, job, "out.jsonl")
+        end(job)
+        until(lambda: slurm.job(job)["Restarts"] == str(attempt), f"requeue {attempt}")  # noqa: B023
     ended = slurm.wait(job)
     told = (folder / "runs" / f"slurm-{job}.out").read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), told
