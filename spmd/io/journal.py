@@ -114,8 +114,9 @@ class Journal:
             os.replace(self.places.merged, self.places.output)
             self._complete()
         self._let_go()
-        for path in (*self.places.parts(), self.places.answered):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # what stays is in the output too, and the next start sees that
+            for path in (*self.places.parts(), self.places.answered):
+                path.unlink()
         return merge.num_unused
 
     def close(self) -> None:
