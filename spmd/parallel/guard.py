@@ -73,6 +73,7 @@ class Guard(threading.Thread):
         self.beat = min(BEAT, config.timeout / 20)
         self.patience = config.timeout * WAITS
         self.store = _store(config.timeout)
+        self.peer = (topology.rank + 1) % topology.world_size  # the rank that this one looks at
         self.recorder = Recorder(self._box(topology.rank))
         self.beats = 0
         self.closing = threading.Event()
@@ -115,7 +116,7 @@ class Guard(threading.Thread):
                 log.exception("the guard failed")
                 if self.config.enabled:
                     rank, said = self.topology.rank, str(error).split("\n")[0]
-                    self._end(f"rank {rank} can't reach the ranks' store any more: {said}", FAILED, (), True)
+                    self._end(f"rank {rank} can't reach the ranks' store any more: {said}", FAILED, (), rank)
 
     def _relay(self) -> None:
         """Signals on any rank become known to all leaders."""
@@ -137,13 +138,15 @@ class Guard(threading.Thread):
             self._end(**json.loads(self.store.get("alarm")))
         if self.error and not _is_symptom(self.error):
             self._alarm(*self._own_failure(self.error))
-        suspicious = self.error or self.motion.still() > self.patience or self._silent() > self.patience
+        peer = self._sight(self.peer)
+        silent = 0.0 if peer.done else peer.silent
+        suspicious = self.error or self.motion.still() > self.patience or silent > self.patience
         if not suspicious:
             self.looking_since = 0.0
             return
         now = time.monotonic()
-        if not self.looking_since:
-            self.looking_since, self.seen = now, {}
+        if not self.looking_since:  # the others weren't looked at of late
+            self.looking_since, self.seen = now, {self.peer: self.seen[self.peer]}
         sights = [self._sight(rank) for rank in range(self.topology.world_size)]
         if now - self.looking_since < BEATS_TO_LOOK * self.beat:
             return
@@ -152,11 +155,6 @@ class Guard(threading.Thread):
             self._alarm(found.message, FAILED, found.lost)
         if self.error and now - self.error_time > self.patience:
             self._alarm(*self._own_failure(self.error))
-
-    def _silent(self) -> float:
-        """Seconds since the next rank gave a new sign of life; one that is done needs none."""
-        sight = self._sight((self.topology.rank + 1) % self.topology.world_size)
-        return 0.0 if sight.done else sight.silent
 
     def _sight(self, rank: int) -> Sight:
         key, now = f"beat/{rank}", time.monotonic()
