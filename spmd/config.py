@@ -22,6 +22,7 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)  # replaces keys of config.json
     attention_backend: str = "auto"  # auto: flashinfer where it can run, else torch; flashinfer, torch
     enforce_eager: bool = False  # GPUs: launch decode batches kernel by kernel instead of as CUDA graphs
+    decode_products: str = "auto"  # in CUDA graphs; auto: by a kernel of ours where it is faster (Hopper); torch
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "model.load_format": ("auto", "safetensors", "dummy"),
     "model.attention_backend": ("auto", "flashinfer", "torch"),
+    "model.decode_products": ("auto", "torch"),
     "scheduler.prefill": ("mixed", "exclusive"),
     "scheduler.policy": ("fcfs", "priority"),
     "balance.share": ("dynamic", "static"),

@@ -1,4 +1,4 @@
-"""What the layers of a forward compute with, besides matrix products: norms, rotation, attention, activation.
+"""What the layers of a forward compute with: products with weights, norms, rotation, attention, activation.
 
 A `Backend` belongs to one stage's KV cache and works on one batch at a time. This one is plain PyTorch, runs on any
 device and is the reference; `spmd.model.fused` has the one for GPUs.
@@ -16,6 +16,7 @@ from spmd.model.batch import Batch
 from spmd.model.kv_cache import KVCache
 from spmd.model.norm import RMSNorm
 from spmd.model.rope import Rotary, rotate
+from spmd.model.weights import linear
 
 
 class Backend(Protocol):
@@ -24,6 +25,9 @@ class Backend(Protocol):
 
     def begin(self, batch: Batch) -> None:
         """What all layers share, computed on the device at the start of a forward."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `spmd.model.weights.linear`."""
 
     def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """`norm(x + residual)` and the sum, `[T, hidden]` both; without a residual, of x alone. May overwrite both."""
@@ -60,6 +64,9 @@ class TorchBackend:
     def begin(self, batch: Batch) -> None:
         self.plan = AttentionPlan(batch, self.cache, self.heads[0], self.windows)
         self.rope = self.rotary.tables(batch.positions, self.cache.keys.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias)
 
     def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         if residual is not None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from spmd.config import Config, block_size, decode_buckets, decode_rows, lookahead, max_num_batched_tokens
 from spmd.model.architecture import Architecture
-from spmd.model.backend import TorchBackend
+from spmd.model.backend import Backend, TorchBackend
 from spmd.model.checkpoint import load
 from spmd.model.cost import head_cost
 from spmd.model.decoder import Decoder
@@ -16,6 +16,8 @@ from spmd.model.forward import Forward
 from spmd.model.fused import FlashInferBackend, why_not
 from spmd.model.inputs import InputBuilder
 from spmd.model.kv_cache import KVCache
+from spmd.model.layers import ColumnLinear, RowLinear
+from spmd.model.product import Products, supported
 from spmd.model.sampler import Sampler
 from spmd.model.stage import Stage
 from spmd.parallel.experts import ExpertParallel
@@ -131,12 +133,28 @@ def build_stage(
         feedback = TokenFeedback(topology, groups.tokens, s.max_num_seqs, slots, device)
     sampler = Sampler(arch.vocab_size, device) if topology.is_leader else None
     flashinfer = use_flashinfer(config, arch, device)
-    backend = (FlashInferBackend if flashinfer else TorchBackend)(arch, decoder.range, cache, topology.tp)
+    by_turns = arch.num_experts and arch.dtype != torch.bfloat16  # the host must know how many tokens each gets
+    by_graph = device.type == "cuda" and not config.model.enforce_eager and not by_turns
+    by_graph = by_graph and (flashinfer or longest <= WIDEST_GRAPH)
+    backend: Backend
+    if flashinfer:
+        products = _decode_products(config, decoder, device) if by_graph else None
+        backend = FlashInferBackend(arch, decoder.range, cache, topology.tp, products)
+    else:
+        backend = TorchBackend(arch, decoder.range, cache, topology.tp)
     stage = Stage(Forward(decoder, backend), inputs, channel, feedback, sampler)
     if device.type == "cuda":
         stage.warm_up(min(rows, longest))
-        by_turns = arch.num_experts and arch.dtype != torch.bfloat16  # the host must know how many tokens each gets
-        if not config.model.enforce_eager and not by_turns and (flashinfer or longest <= WIDEST_GRAPH):
-            for decodes in decode_buckets(config, device.type):
-                stage.forward.capture(decodes, inputs)
+    if by_graph:
+        for decodes in decode_buckets(config, device.type):
+            stage.forward.capture(decodes, inputs)
     return stage
+
+
+def _decode_products(config: Config, decoder: Decoder, device: torch.device) -> Products | None:
+    """Kernels for the products of decode batches, None where cuBLAS does all of them."""
+    if config.model.decode_products == "torch" or decoder.arch.dtype != torch.bfloat16 or not supported(device):
+        return None
+    kinds = (ColumnLinear,) if decoder.tp.size > 1 else (ColumnLinear, RowLinear)  # partial sums go where others read
+    weights = [module.weight for module in decoder.modules() if isinstance(module, kinds)]
+    return Products([(len(w), w.shape[1]) for w in weights], decode_buckets(config, device.type), device)

@@ -33,7 +33,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
 
     def forward(self, x: Tensor, layer: int, backend: Backend) -> Tensor:
-        return self.o_proj(backend.attend(layer, self.qkv_proj(x), self.q_norm, self.k_norm))
+        attended = backend.attend(layer, self.qkv_proj(x, backend), self.q_norm, self.k_norm)
+        return self.o_proj(attended, backend)
 
 
 class DecoderLayer(nn.Module):

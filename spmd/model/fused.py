@@ -1,4 +1,4 @@
-"""The backend for GPUs: attention, norms and activation by FlashInfer, norm-rotation-append by a kernel of ours.
+"""The backend for GPUs: attention by FlashInfer, what stands between attention and products by kernels of ours.
 
 Decode rows go through XQA, which reads block tables and lengths on the device: nothing about them is known to the
 host, so CUDA graphs can hold them. Prompt chunks go through a kernel that the host plans for (which thread block reads
@@ -17,7 +17,9 @@ from spmd.model.architecture import Architecture
 from spmd.model.batch import Batch, Span
 from spmd.model.kv_cache import KVCache
 from spmd.model.norm import RMSNorm
+from spmd.model.product import Products
 from spmd.model.rope import Rotary
+from spmd.model.weights import linear
 
 WORKSPACE_BYTES = 384 * 2**20  # partial results of attention over split key ranges
 HEAD_DIMS = (64, 128, 256)
@@ -45,11 +47,14 @@ def why_not(arch: Architecture, block_size: int, device: torch.device) -> str | 
 class FlashInferBackend:
     """See `spmd.model.backend.Backend`."""
 
-    def __init__(self, arch: Architecture, layers: Sequence[int], cache: KVCache, tp: int = 1) -> None:
-        """`layers` are the stage's, `tp` the number of tensor-parallel ranks."""
+    def __init__(
+        self, arch: Architecture, layers: Sequence[int], cache: KVCache, tp: int = 1, products: Products | None = None
+    ) -> None:
+        """`layers` are the stage's, `tp` the number of tensor-parallel ranks; `products` do those of decode batches."""
         from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
         self.cache = cache
+        self.products = products
         self.heads = arch.num_heads // tp
         self.head_dim = arch.head_dim
         self.windows = [arch.windows[layer] for layer in layers]
@@ -99,14 +104,17 @@ class FlashInferBackend:
         self.decode_tables = batch.tables[batch.seats[:rows]]
         self.decode_lens = (batch.positions[:rows] + 1).to(torch.uint32)
 
-    def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.products and bias is None and not self.batch.prefills:
+            product = self.products(x, weight)
+            if product is not None:
+                return product
+        return linear(x, weight, bias)
 
-        if residual is None:
-            return rmsnorm(x, norm.weight, norm.eps), x
-        if len(x):
-            fused_add_rmsnorm(x, residual, norm.weight, norm.eps)
-        return x, residual
+    def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        from spmd.model.kernels import add_norm
+
+        return add_norm(x, residual, norm.weight, norm.eps)
 
     def attend(self, layer: int, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
         from spmd.model.kernels import norm_rope_append
@@ -123,9 +131,9 @@ class FlashInferBackend:
         return output.flatten(1)
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        from flashinfer.activation import silu_and_mul
+        from spmd.model.kernels import gated
 
-        return silu_and_mul(gate_up)
+        return gated(gate_up)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, output: Tensor) -> None:
         from flashinfer.decode import xqa_batch_decode_with_kv_cache

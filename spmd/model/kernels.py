@@ -1,12 +1,45 @@
-"""A Triton kernel for what no library has in one piece: norm and rotation of queries and keys, and cache append.
+"""Triton kernels for what stands between products and attention: add and norm; norm, rotation, append; activation.
 
-By library calls it takes four launches a layer; at 36 layers and 2 microseconds each, 0.2 ms a tick.
+No library has the second in one piece: it would take four launches a layer; at 36 layers and 2 microseconds each,
+0.2 ms a tick. The others could be FlashInfer's, but those keep the product behind them from starting before they end.
+
+These start while the kernel in front still runs, and let the one behind do so (programmatic dependent launch). So each
+waits before it touches what other kernels write, and whatever is launched early behind it must wait too.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+GATED_AT_ONCE = 2048  # columns of a thread block
+
+
+def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMS norm of `x + residual` and the sum, `[T, hidden]` both, in the places of x and the residual.
+
+    Without a residual, of x alone, which stays as it is and stands for the sum. All contiguous.
+    """
+    rows, size = x.shape
+    normed, total = (torch.empty_like(x), x) if residual is None else (x, residual)
+    if rows:
+        _add_norm[(rows,)](
+            x, total, normed, weight, eps, size, triton.next_power_of_2(size), residual is not None, x.is_cuda,
+            num_warps=8, **_launch(x),
+        )  # fmt: skip
+    return normed, total
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of `[T, 2 * inner]`, contiguous."""
+    rows, inner = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, inner)
+    if rows:
+        grid = (rows, triton.cdiv(inner, GATED_AT_ONCE))
+        _gated[grid](gate_up, out, inner, GATED_AT_ONCE, gate_up.is_cuda, num_warps=8, **_launch(gate_up))
+    return out
 
 
 def norm_rope_append(
@@ -40,9 +73,50 @@ def norm_rope_append(
     q_weight, k_weight = norms or (qkv, qkv)
     _norm_rope_append[(rows, (heads + 2 * kv_heads) // at_once)](
         qkv, q_weight, k_weight, cos, sin, slots, queries, keys, values,
-        eps, heads, kv_heads, head_dim, block_size, at_once, norms is not None, num_warps=max(1, at_once // 2),
+        eps, heads, kv_heads, head_dim, block_size, at_once, norms is not None, qkv.is_cuda,
+        num_warps=max(1, at_once // 2), **_launch(qkv),
     )  # fmt: skip
     return queries
+
+
+def _launch(x: Tensor) -> dict[str, Any]:
+    """How to start early; Triton's interpreter knows nothing of that."""
+    return {"launch_pdl": True} if x.is_cuda else {}
+
+
+@triton.jit
+def _wait(early: tl.constexpr):
+    if early:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _add_norm(
+    x, total, normed, weight, eps,
+    size: tl.constexpr, width: tl.constexpr, added: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, width)
+    inside = column < size
+    at = tl.program_id(0).to(tl.int64) * size + column
+    _wait(early)
+    row = tl.load(x + at, inside, 0).to(tl.float32)
+    if added:
+        row += tl.load(total + at, inside, 0).to(tl.float32)
+        tl.store(total + at, row, inside)
+    scale = tl.rsqrt(tl.sum(row * row) / size + eps)
+    tl.store(normed + at, row * scale * tl.load(weight + column, inside, 0).to(tl.float32), inside)
+
+
+@triton.jit
+def _gated(gate_up, out, inner: tl.constexpr, at_once: tl.constexpr, early: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * at_once + tl.arange(0, at_once)
+    inside = column < inner
+    source = gate_up + row * 2 * inner + column
+    _wait(early)
+    gate, up = tl.load(source, inside, 0).to(tl.float32), tl.load(source + inner, inside, 0).to(tl.float32)
+    tl.store(out + row * inner + column, gate / (1 + tl.exp(-gate)) * up, inside)
 
 
 @triton.jit
@@ -50,8 +124,9 @@ def _norm_rope_append(
     qkv, q_weight, k_weight, cos, sin, slots, queries, keys, values,
     eps,
     heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr, block_size: tl.constexpr,
-    at_once: tl.constexpr, normed: tl.constexpr,
+    at_once: tl.constexpr, normed: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
+    _wait(early)
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * at_once
     head = first + tl.arange(0, at_once)[:, None]

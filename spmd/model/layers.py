@@ -27,9 +27,9 @@ class ColumnLinear(Weights):
         self.weight = empty(dtype, total, size)
         self.bias = empty(dtype, total) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
         """`[T, size]` to `[T, sum of the local parts]`, part after part."""
-        return linear(x, self.weight, self.bias)
+        return backend.linear(x, self.weight, self.bias)
 
     def pieces(self, own: str) -> Iterator[Piece]:
         sizes = list(self.parts.values())
@@ -53,10 +53,11 @@ class RowLinear(Weights):
         self.weight = empty(dtype, out, size // tp.size)
         self.bias = empty(dtype, out) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: Backend) -> Tensor:
         """`[T, size / tp]` to `[T, out]`, equal on all tp ranks."""
         room = self.tp.room(len(x), self.out)
-        x = self.tp.all_reduce(linear(x, self.weight) if room is None else torch.mm(x, self.weight.t(), out=room))
+        product = backend.linear(x, self.weight) if room is None else torch.mm(x, self.weight.t(), out=room)
+        x = self.tp.all_reduce(product)
         return x if self.bias is None else x + self.bias
 
     def pieces(self, own: str) -> Iterator[Piece]:
@@ -124,4 +125,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor:
         """`shared_rows` concerns sparse layers alone."""
-        return self.down_proj(backend.gated(self.gate_up_proj(x)))
+        return self.down_proj(backend.gated(self.gate_up_proj(x, backend)), backend)

@@ -145,3 +145,11 @@ def test_logits(head_dim: int, window: int | None, qk_norm: bool, backend: str) 
 @everywhere
 def test_logits_with_biases_and_large_blocks(backend: str) -> None:
     compare(shape(128, None, True, bias=True), backend, block_size=64)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("flashinfer_graphs", marks=gpu)])
+def test_logits_with_products_of_our_own(backend: str) -> None:
+    """A model wide enough for them."""
+    arch = shape(128, None, True)
+    arch = replace(arch, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=4096)
+    compare(arch, backend, block_size=64)

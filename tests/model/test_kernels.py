@@ -82,3 +82,30 @@ def test_norm_rope_append_of_padding_and_of_nothing() -> None:
     assert torch.equal(torch.stack([keys[0, 0, 0], values[0, 0, 0]]).flatten(), qkv[0, 128:])
     none = norm_rope_append(qkv[:0], None, EPS, turned[:0], still[:0], slots[:0], keys, values)
     assert none.shape == (0, 2, 64)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [64, 896, 4096])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_add_norm(rows: int, size: int, dtype: torch.dtype) -> None:
+    from spmd.model.kernels import add_norm
+
+    x, residual = drawn(rows, size, dtype=dtype), drawn(rows, size, dtype=dtype, seed=1)
+    weight = (1 + 0.2 * drawn(size, seed=2)).to(dtype)
+    exact = x.float() + residual.float()
+    for given, expected in ((None, x.float()), (residual.clone(), exact)):
+        normed, total = add_norm(x.clone(), given, weight, EPS)
+        torch.testing.assert_close(total, expected.to(dtype))
+        expected = F.rms_norm(expected, (size,), weight.float(), EPS).to(dtype)
+        torch.testing.assert_close(normed, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("inner", [64, 2304, 4096])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_gated(rows: int, inner: int, dtype: torch.dtype) -> None:
+    from spmd.model.kernels import gated
+
+    gate_up = 3 * drawn(rows, 2 * inner, dtype=dtype)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    torch.testing.assert_close(gated(gate_up), (F.silu(gate) * up).to(dtype), **TOLERANCE[dtype])
