@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What srun starts for each task of launch/slurm.sbatch: its arguments are a node's torchrun or, if SPMD_NATIVE=1, one rank.
+# What srun starts for each task of launch/slurm.sbatch: a node's torchrun or, if SPMD_NATIVE=1, a rank.
 # A task that stopped in good order (75) is no bad exit: srun would kill the others, which are about to do the same.
 set -uo pipefail
 trap : TERM INT USR1  # these are for what it runs, which gets them too

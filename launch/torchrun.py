@@ -92,8 +92,9 @@ def _tell(failures: Mapping[int, Any]) -> int:
     code = first.exitcode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"error: rank {rank} {how} (local rank {first.local_rank} on {NODE}, pid {first.pid})", file=sys.stderr)
-    log = Path(first.error_file).with_name("stderr.log")
-    if log.exists() and first.local_rank:  # local rank 0's is on the terminal
+    if first.local_rank == 0:
+        return CRASH  # its stderr is on the terminal
+    for log in Path(os.environ["PET_LOG_DIR"]).glob(f"*/attempt_*/{first.local_rank}/stderr.log"):
         lines = log.read_text(errors="replace").splitlines()
         print(f"the end of {log}:", *lines[-TAIL:], sep="\n", file=sys.stderr)
     return CRASH

@@ -8,16 +8,15 @@ import pytest
 
 @pytest.fixture
 def venv(tmp_path: Path) -> Path:
-    """A folder like a ready venv, whose python runs scripts but prints the arguments of `-m`, one a line."""
+    """A folder like a ready venv, whose python runs scripts, but prints the arguments of torchrun and of `-m`."""
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
         f"""#!/bin/sh
-if [ "$1" = -m ]; then
-  printf '%s\\n' "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS"
-else
-  exec {sys.executable} "$@"
-fi
+case $1 in
+  -m | */launch/torchrun.py) printf '%s\\n' "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS" ;;
+  *) exec {sys.executable} "$@" ;;
+esac
 """
     )
     python.chmod(0o755)

@@ -52,7 +52,7 @@ def test_overrides_reach_the_program_as_they_stand(venv: Path) -> None:
     done = launch("--prog", "bench", *overrides, python=venv / "bin" / "python")
     lines = done.stdout.splitlines()
     start = lines.index("spmd.bench")
-    assert lines[:3] == ["-m", "torch.distributed.run", "--standalone"]
+    assert lines[:2] == [str(ROOT / "launch" / "torchrun.py"), "--standalone"]
     assert lines[start + 1 : start + 5] == overrides
 
 
@@ -76,8 +76,8 @@ def test_threads_are_shared_out_unless_set(venv: Path) -> None:
         (["topology.pp=0"], "topology.pp=0 must be at least 1"),
         (["topology.pp=4", "scheduler.max_num_seqs=2"], "scheduler.max_num_seqs=2 is less than topology.pp=4"),
         (["--multirun", "topology.pp=1,2"], "one launch a point"),
-        (["--prog", "server"], "--prog is generate or bench, not 'server'"),
-        (["--prog"], "--prog is generate or bench, not ''"),
+        (["--prog", "server"], "--prog is generate, bench or preflight, not 'server'"),
+        (["--prog"], "--prog is generate, bench or preflight, not ''"),
     ],
 )
 def test_config_error_is_told_once_before_any_rank_starts(args: list[str], message: str) -> None:
@@ -91,6 +91,11 @@ def test_config_error_is_told_once_before_any_rank_starts(args: list[str], messa
 def test_printing_the_config_starts_no_ranks(venv: Path) -> None:
     done = launch("topology=pp2", "--cfg", "job", python=venv / "bin" / "python")
     assert done.stdout.splitlines()[:5] == ["-m", "spmd.generate", "topology=pp2", "--cfg", "job"]
+
+
+def test_preflight_is_one_process_for_any_topology(venv: Path) -> None:
+    done = launch("--prog", "preflight", "topology.pp=100", "input=my file.jsonl", python=venv / "bin" / "python")
+    assert done.stdout.splitlines()[:4] == ["-m", "spmd.preflight", "topology.pp=100", "input=my file.jsonl"]
 
 
 def test_size_imports_no_torch() -> None:
@@ -107,7 +112,10 @@ def test_size_imports_no_torch() -> None:
     assert "torch" not in modules
 
 
-@pytest.mark.parametrize("script", [*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"], ids=lambda path: path.name)
+SCRIPTS = [*ROOT.glob("launch/*.sh"), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_parse_and_are_executable(script: Path) -> None:
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", script], check=True)

@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_help_is_the_default_and_lists_every_target() -> None:
     assert declared is not None
     targets = {name for line in listed.splitlines() for name in line.split("  ")[1].split()}
     assert targets == set(declared[1].split())
-    assert targets >= {"setup", "demo", "test", "bench", "lint", "clean", *TOPOLOGIES}
+    assert targets >= {"setup", "demo", "test", "bench", "preflight", "slurm", "lint", "clean", *TOPOLOGIES}
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -50,6 +51,20 @@ def test_overrides_survive_make_and_the_shell(venv: Path) -> None:
 def test_bench_runs_the_bench(venv: Path) -> None:
     lines = make("bench", f"VENV={venv}", "ARGS=topology=pp2").splitlines()
     assert lines[lines.index("spmd.bench") + 1] == "topology=pp2"
+
+
+def test_preflight_checks_without_ranks(venv: Path) -> None:
+    lines = make("preflight", f"VENV={venv}", "ARGS=topology=pp4").splitlines()
+    assert lines[:3] == ["-m", "spmd.preflight", "topology=pp4"]
+
+
+def test_what_stands_beside_args_is_about_the_slurm_job(venv: Path) -> None:
+    comment = "a 'b' $x"
+    args = """topology=pp2 input=*.md 'sampling.stop=["a b","$x"]'"""
+    words = ["NODES=2", "PROCS=1", "DRY_RUN=1", f"SBATCH=--comment={shlex.quote(comment)}", f"ARGS={args}"]
+    command = shlex.split(make("slurm", f"VENV={venv}", *words).partition("\n")[0])
+    assert {"--nodes=2", f"--comment={comment}"} <= set(command)
+    assert command[-3:] == ["topology=pp2", "input=*.md", 'sampling.stop=["a b","$x"]']
 
 
 def test_no_python_new_enough_is_said_clearly(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Skipped where SLURM can't be had.
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ STAND_IN = f"""#!/usr/bin/env bash
 case $SLURM_PROCID-$RANK_1 in
   1-crashes) kill -KILL $$ ;;
   1-mistakes) exit 2 ;;
+  *-stops) exit 75 ;;
 esac
 trap 'exit 75' TERM
 sleep 600 & wait
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stand_ins(slurm: Cluster, folder: Path) -> dict[str, str]:
-    """Jobs, by what rank 1 of each does, that end while others work."""
+    """Jobs, by what their ranks do, that end while others work."""
     python = write_program(folder / "stand-in", STAND_IN)
     settings = f"--export=ALL,PYTHON={python},SPMD_HOME={ROOT},SPMD_MAX_REQUEUES=1,RANK_1="
     sbatch = ["sbatch", "--parsable", f"--chdir={folder}", "--output=runs/slurm-%j.out", "--cpus-per-task=1"]
@@ -59,7 +60,7 @@ def stand_ins(slurm: Cluster, folder: Path) -> dict[str, str]:
         size = [f"--ntasks-per-node={tasks}", "--gpus-per-node=0", settings + does]
         return slurm.run(*sbatch, *size, str(ROOT / "launch" / "slurm.sbatch"), "topology=pp2", "model=demo").strip()
 
-    jobs = {does: submit(does) for does in ("waits", "crashes", "mistakes")}
+    jobs = {does: submit(does) for does in ("waits", "crashes", "stops", "mistakes")}
     return jobs | {"too-large": submit("waits", tasks=3)}
 
 
@@ -149,7 +150,7 @@ def test_a_job_is_requeued_until_each_row_is_answered_once(slurm: Cluster, folde
     for line in (
         f"job {job} attempt 0: stopped in good order, requeued to go on",
         "error: rank 1 was killed by SIGKILL (local rank 0 on node2, pid ",
-        f"job {job} attempt 1: crashed, requeued (crash 1 in a row; the job ends after 3)",
+        f"job {job} attempt 1: crashed, requeued (failure 1 in a row; the job ends after 3)",
         "[rank 0] answers: out.jsonl",
     ):
         assert told.count(line) == 1, told
@@ -173,12 +174,19 @@ def test_an_array_of_native_jobs_answers_each_row_in_one_of_them(slurm: Cluster,
     assert right >= prompts.PASS * ROWS
 
 
-def test_a_crash_is_requeued_but_not_for_ever(slurm: Cluster, folder: Path, stand_ins: dict[str, str]) -> None:
+def test_a_crash_is_requeued_but_not_for_ever(slurm: Cluster, stand_ins: dict[str, str]) -> None:
     ended = slurm.wait(stand_ins["crashes"])
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
     told = Path(ended["StdOut"]).read_text()
     assert told.count("error: rank 1 on node") == 2
-    assert told.endswith("attempt 1: crashed, not requeued after 2 crashes in a row\n")
+    assert told.endswith("attempt 1: crashed, not requeued after 2 failures in a row\n")
+
+
+def test_nor_is_a_job_whose_time_is_too_short_to_start_up(slurm: Cluster, stand_ins: dict[str, str]) -> None:
+    ended = slurm.wait(stand_ins["stops"])
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
+    told = Path(ended["StdOut"]).read_text()
+    assert told.endswith("attempt 1: stopped during start-up, not requeued after 2 failures in a row\n")
 
 
 def test_a_mistake_is_not_requeued(slurm: Cluster, stand_ins: dict[str, str]) -> None:

@@ -1,0 +1,68 @@
+"""How launch/torchrun.py ends, for each way in which ranks end; and that it says no more than is needed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Rank 0 leaves its exit status as a run does. A rank that is told to stop ends with 75.
+RANK = """
+import os, signal, sys, time
+
+def end(status):
+    if rank == 0:
+        open(os.environ["SPMD_STATUS"], "w").write(f"{status}\\n")
+    sys.exit(status)
+
+rank, does = int(os.environ["RANK"]), sys.argv[1]
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda *_: end(75))
+if does == "finish":
+    end(0)
+if does == "mistake" and rank == 0:
+    print("error: yours", file=sys.stderr, flush=True)
+    end(2)
+if does == "crash" and rank == 1:
+    sys.exit("error: mine")
+if does == "die" and rank == 1:
+    os.kill(os.getpid(), signal.SIGSEGV)
+os.write(1, b"ready\\n")
+time.sleep(60)
+"""
+
+
+def start(folder: Path, does: str, *options: str) -> subprocess.Popen[str]:
+    (folder / "rank.py").write_text(RANK)
+    torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone", "--nproc-per-node", "2", *options]
+    env = {key: value for key, value in os.environ.items() if key != "SPMD_STATUS"} | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    command = [*torchrun, str(folder / "rank.py"), does]
+    return subprocess.Popen(command, env=env | {"TMPDIR": str(folder)}, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_the_exit_code_is_the_ranks_and_only_a_crash_is_explained(tmp_path: Path) -> None:
+    runs = {does: start(tmp_path, does) for does in ("finish", "mistake", "die")}
+    runs["crash"] = start(tmp_path, "crash", "--redirects", "3", "--tee", "0:3")
+    told = {does: run.communicate(timeout=100)[1].splitlines() for does, run in runs.items()}
+    assert {does: run.returncode for does, run in runs.items()} == {"finish": 0, "mistake": 2, "crash": 1, "die": 1}
+    assert told["finish"] == []
+    assert told["mistake"] == ["error: yours"]
+    assert len(told["die"]) == 1 and told["die"][0].startswith("error: rank 1 was killed by SIGSEGV (local rank 1 on ")
+    crash, log, mine = told["crash"]
+    assert crash.startswith("error: rank 1 ended with exit code 1 (local rank 1 on ")
+    assert log.startswith("the end of ") and log.endswith("/1/stderr.log:")
+    assert mine == "error: mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["rank.py"], "left behind"
+
+
+def test_a_signal_goes_to_the_ranks(tmp_path: Path) -> None:
+    runs = {number: start(tmp_path, "wait") for number in (signal.SIGINT, signal.SIGUSR1)}
+    for number, run in runs.items():
+        assert run.stdout is not None
+        assert [run.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        run.send_signal(number)
+    for run in runs.values():
+        assert run.communicate(timeout=100) == ("", "")
+        assert run.returncode == 75
