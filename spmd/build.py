@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -31,7 +32,7 @@ from spmd.model.checkpoint import check_files
 from spmd.model.memory import check_memory, smallest_of_stages, this_device
 from spmd.model.stage import Stage
 from spmd.parallel.groups import Groups, connect
-from spmd.parallel.guard import guarded
+from spmd.parallel.guard import Guard
 from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketWire
 from spmd.report.metrics import Metrics, merge
@@ -74,38 +75,77 @@ class Worker:
         source: Source,
         leader: Leader | None,
         watch: Callable[[Engine], None] | None = None,
+        closing: Callable[[], None] | None = None,
     ) -> Metrics | None:
-        """Answer all rows of `source`, or those until all ranks stop; on rank 0 returns the figures of all ranks."""
-        t, metrics = self.topology, leader.metrics if leader else Metrics()
-        packets = PacketWire(self.groups.packets, t.leader, t.is_leader, self.config.scheduler.max_num_seqs)
-        scheduler = build_scheduler(self.config, self.num_blocks, self.device)
-        balance = build_balance(self.config, t)
-        exchange = LoadExchange(self.groups.load, t.dp, balance.rules.lag) if self.groups.load else None
-        lockstep = self.groups.experts is not None
-        log.info("start-up: %s", self.phases)
-        guard = guarded(t, self.config.guard, self.run_dir / "logs", self.stop, self.device.type == "cpu")
-        with guard as recorder, self.stop.gentle():
-            trail = Trail(recorder.write) if recorder else None
-            engine = Engine(
-                scheduler, self.stage, packets, source, balance, leader, exchange, lockstep, self.stop, trail, watch
-            )
+        """Answer all rows of `source`, or those until all ranks stop; on rank 0 returns the figures of all ranks.
+
+        `closing` is called on every rank at the end, still under guard.
+
+        Raises:
+            ValueError: where there is no other rank; else it ends the run, see `Guard`.
+        """
+        t = self.topology
+        with self._guarded() as trail, self.stop.gentle():
+            engine = self._engine(source, leader, trail, watch)
+            log.info("start-up: %s", self.phases)
             started, busy = perf_counter(), self.stage.clock.total()
             engine.run()
-            ended = perf_counter()
-        self.stop.stopped = engine.stopped
-        busy = self.stage.clock.total() - busy
-        metrics.stopped(t.pp_rank, busy, ended - started, self.phases.total)
+            seconds, busy = perf_counter() - started, self.stage.clock.total() - busy
+            self.stop.stopped = engine.stopped
+            metrics = _gather(self._metrics(engine, started, seconds, busy), t)
+            if closing:
+                together(t, closing)
+        return metrics
+
+    @contextmanager
+    def _guarded(self) -> Iterator[Trail | None]:
+        """The guard of several ranks watches what runs inside, and the ticks written to what this yields."""
+        t, settings, logs = self.topology, self.config.guard, self.run_dir / "logs"
+        if t.world_size == 1:
+            yield None
+            return
+        with together(t, lambda: Guard(t, settings, logs, self.stop, self.device.type == "cpu")) as guard:
+            yield Trail(guard.recorder.write) if settings.enabled else None
+
+    def _engine(
+        self,
+        source: Source,
+        leader: Leader | None,
+        trail: Trail | None,
+        watch: Callable[[Engine], None] | None,
+    ) -> Engine:
+        t, groups = self.topology, self.groups
+        balance = build_balance(self.config, t)
+        return Engine(
+            build_scheduler(self.config, self.num_blocks, self.device),
+            self.stage,
+            PacketWire(groups.packets, t.leader, t.is_leader, self.config.scheduler.max_num_seqs),
+            source,
+            balance,
+            leader,
+            LoadExchange(groups.load, t.dp, balance.rules.lag) if groups.load else None,
+            groups.experts is not None,
+            self.stop,
+            trail,
+            watch,
+        )
+
+    def _metrics(self, engine: Engine, started: float, seconds: float, busy: float) -> Metrics:
+        """This rank's figures. `started`: on perf_counter's clock; `busy`: seconds of the stage."""
+        leader, balance, exchange = engine.leader, engine.balance, engine.exchange
+        metrics = leader.metrics if leader else Metrics()
+        metrics.stopped(self.topology.pp_rank, busy, seconds, self.phases.total)
         if exchange:
             metrics.exchanges, metrics.exchange_seconds = exchange.count, exchange.seconds
             metrics.mixed_ticks = balance.mixed_ticks
         if leader:
-            metrics.replicas, metrics.idle_seconds = 1, ended - max(started, engine.last_finish)
+            metrics.replicas, metrics.idle_seconds = 1, started + seconds - max(started, engine.last_finish)
             metrics.frozen_ticks = balance.gate.frozen_ticks
             counters = engine.scheduler.counters
             metrics.preemptions += counters.preemptions
             metrics.cache_hit_tokens += counters.cached_tokens
             metrics.cache_queried_tokens += counters.queried_tokens
-        return _gather(metrics, t)
+        return metrics
 
 
 def start(

@@ -82,9 +82,10 @@ class Engine:
                 self.watch(self)
             if self.over:
                 break
-        self.stopped = self.balance.stopped or self.stopped
+        stopped = self.balance.stopped if self.exchange else self.stopped  # as all ranks know it
         while self.ring:
             self._commit(self.ring.popleft())
+        self.stopped = stopped
         self.stage.drain()
         if self.exchange:
             self.exchange.drain()

@@ -48,7 +48,6 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
         together(topology, lambda: files.open_part(task))
         worker.phases.end("tokenizer")
         metrics = _answer(worker, reader, parser, files)
-        together(topology, files.close_part)
         if metrics and stop.stopped:
             print(
                 f"stopped by {name(stop.stopped)} with {metrics.rows_ok + metrics.rows_failed:,} rows done; "
@@ -66,7 +65,7 @@ def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> 
     shown = _show(progress, reader) if progress else None
     restored = (lambda _: journal.watch(monotonic())) if journal else None
     with profiled(config.profile, worker.run_dir, worker.topology.rank) as profiler:
-        metrics = worker.run(reader, leader, all_of(shown, restored, profiler))
+        metrics = worker.run(reader, leader, all_of(shown, restored, profiler), files.close_part)
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
     return metrics

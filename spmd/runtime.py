@@ -22,11 +22,13 @@ from spmd.cluster import adopt_slurm
 from spmd.compose import CONF, USAGE, compose, tell
 from spmd.config import Config, check, warnings
 from spmd.parallel.groups import disconnect, join
+from spmd.parallel.guard import is_symptom
 from spmd.signals import STOPPED, Stop, listening, report
 from spmd.topology import Topology
 
 T = TypeVar("T")
 log = logging.getLogger("spmd")
+AFTER_ANOTHER = 5.0  # seconds in which torchrun ends a rank whose peer has ended, before it complains of that itself
 
 
 def main(work: Callable[[Config, Topology, Stop], None]) -> None:
@@ -60,10 +62,12 @@ def _work(work: Callable[[Config, Topology, Stop], None], rank: int, stop: Stop)
         log.info("ended", exc_info=True)
         tell(error, rank)
         return USAGE
-    except Exception:
+    except Exception as error:
         log.exception("rank %d failed", rank)
         if "RANK" not in os.environ:
             raise
+        if is_symptom(error):
+            time.sleep(AFTER_ANOTHER)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # the interpreter's own end would wait for collectives that the other ranks can't finish

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 STOPPED = 75  # exit status: stopped early, start again to go on (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -29,8 +29,10 @@ class Stop:
     def gentle(self) -> Iterator[None]:
         """A loop runs inside that looks at `asked`."""
         self.gently = True
-        yield
-        self.gently = False
+        try:
+            yield
+        finally:
+            self.gently = False
 
 
 def code(rank: int, number: int) -> int:
@@ -67,7 +69,7 @@ def listening(rank: int) -> Iterator[Stop]:
 def report(status: int) -> None:
     """Leave the exit status of the run where a launcher looks for it: torchrun and srun make another one of it."""
     if file := os.environ.get("SPMD_STATUS"):
-        with open(file, "w") as out:
+        with suppress(OSError), open(file, "w") as out:  # a full disk is told of elsewhere
             out.write(f"{status}\n")
 
 

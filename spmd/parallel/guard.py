@@ -1,13 +1,14 @@
 """The lockstep guard: a thread beside the loop that ends this rank, in bounded time, when the run can't go on.
 
 Each rank leaves a sign of life in torchrun's store once a beat, with what its recorder holds, and looks at that of the
-next rank. Whoever finds something wrong looks at all of them, and the first verdict ends the whole run: one rank prints
-it, all write it and their stacks to their logs. Signals to stop reach the leaders the same way.
+next rank. Whoever finds something wrong looks at more of them, and the first verdict ends the whole run: one rank
+prints it, all write it and their stacks to their logs. Signals to stop reach the leaders the same way.
 """
 
 import faulthandler
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -16,8 +17,7 @@ import threading
 import time
 import traceback
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -40,31 +40,23 @@ FAILED, USAGE = 1, 2  # exit statuses: something broke; something the user can m
 log = logging.getLogger("spmd")
 
 
-@contextmanager
-def guarded(
-    topology: Topology, config: GuardConfig, logs: Path, stop: Stop, computes: bool
-) -> Iterator[Recorder | None]:
-    """Watch over what runs inside; yields where its ticks are to be written, None if nobody compares them.
-
-    With other ranks an error inside doesn't come out: the run ends, with a message from the rank that knows why.
-
-    Args:
-        logs: folder of the ranks' logs.
-        stop: told to the leaders when it is asked here, and set on leaders when it is asked elsewhere.
-        computes: whether this rank's forward runs on its own processor, so that processor time is a sign of life.
-    """
-    if topology.world_size == 1:
-        yield None
-        return
-    dist.barrier()  # the slowest rank is ready
-    with Guard(topology, config, logs, stop, computes) as guard:
-        yield guard.recorder if config.enabled else None
-
-
 class Guard(threading.Thread):
-    """See `guarded`. With `config.enabled` off it only passes on signals."""
+    """Watches over what runs inside it as a context manager. With `config.enabled` off it only passes on signals.
+
+    An error inside doesn't come out: the run ends, with a message from the rank that knows why.
+    """
 
     def __init__(self, topology: Topology, config: GuardConfig, logs: Path, stop: Stop, computes: bool) -> None:
+        """To be made in the loop's thread.
+
+        Args:
+            logs: folder of the ranks' logs.
+            stop: told to the leaders when it is asked here, and set on leaders when it is asked elsewhere.
+            computes: whether this rank's forward runs on its own processor, so that processor time is a sign of life.
+
+        Raises:
+            ValueError: no way to its folder or to the store.
+        """
         super().__init__(name="guard", daemon=True)
         self.topology = topology
         self.config = config
@@ -80,14 +72,15 @@ class Guard(threading.Thread):
         self.error: BaseException | None = None  # the loop's
         self.error_time = 0.0
         self.motion = Motion(self.recorder, computes)
+        self.places: dict[int, tuple[str, str, int]] = {}
         self.seen: dict[int, tuple[bytes, float]] = {}  # of ranks: the latest sign of life, and when it was new
         self.looking_since = 0.0  # 0: nothing is suspicious
         self.relayed = False
 
     def __enter__(self) -> "Guard":
         t = self.topology
-        place = f"{Topology(t.dp, t.pp, t.tp, t.rank)}, {socket.gethostname()}, pid {os.getpid()}"
-        self.store.set(f"who/{t.rank}", json.dumps([place, socket.gethostname(), os.getpid()]))
+        place = f"{t}, {socket.gethostname()}, pid {os.getpid()}"
+        self.store.set(f"who/{t.rank}", json.dumps([place, _machine(), os.getpid()]))
         self._sign()
         self.start()
         return self
@@ -100,6 +93,7 @@ class Guard(threading.Thread):
             self.join()
             self._sign(done=True)
             return
+        self.stop.gently = True  # torchrun ends those that a lost rank leaves behind; first let them say why
         log.error("the loop failed", exc_info=error)
         self.error, self.error_time = error, time.monotonic()
         self.join()  # the thread ends the process
@@ -115,8 +109,8 @@ class Guard(threading.Thread):
             except Exception as error:
                 log.exception("the guard failed")
                 if self.config.enabled:
-                    rank, said = self.topology.rank, str(error).split("\n")[0]
-                    self._end(f"rank {rank} can't reach the ranks' store any more: {said}", FAILED, (), rank)
+                    said = str(error).split("\n")[0]
+                    self._end(f"the guard of rank {self.topology.rank} failed: {said}", FAILED, (), self.topology.rank)
 
     def _relay(self) -> None:
         """Signals on any rank become known to all leaders."""
@@ -136,25 +130,31 @@ class Guard(threading.Thread):
     def _watch(self) -> None:
         if self.store.check(["alarm"]):
             self._end(**json.loads(self.store.get("alarm")))
-        if self.error and not _is_symptom(self.error):
+        if self.error and not is_symptom(self.error):
             self._alarm(*self._own_failure(self.error))
         peer = self._sight(self.peer)
         silent = 0.0 if peer.done else peer.silent
-        suspicious = self.error or self.motion.still() > self.patience or silent > self.patience
-        if not suspicious:
+        if not (self.error or silent > self.patience or self.motion.still() > self.patience):
             self.looking_since = 0.0
             return
         now = time.monotonic()
         if not self.looking_since:  # the others weren't looked at of late
             self.looking_since, self.seen = now, {self.peer: self.seen[self.peer]}
-        sights = [self._sight(rank) for rank in range(self.topology.world_size)]
+        sights = [self._sight(rank) for rank in self._in_view()]
         if now - self.looking_since < BEATS_TO_LOOK * self.beat:
             return
-        replicas = self.topology.replicas()
-        if found := judge(sights, replicas, (BEATS_TO_LOOK - 1) * self.beat, STANDSTILL * self.config.timeout):
+        silence = (BEATS_TO_LOOK - 1) * self.beat if self.error or silent > self.patience else self.patience
+        stillness = STANDSTILL * self.config.timeout if len(sights) == self.topology.world_size else math.inf
+        if found := judge(sights, self.topology.replicas(), silence, stillness):
             self._alarm(found.message, FAILED, found.lost)
         if self.error and now - self.error_time > self.patience:
             self._alarm(*self._own_failure(self.error))
+
+    def _in_view(self) -> list[int]:
+        """Ranks that this one looks at: its replica's and the next one; rank 0 at all, for it tells a standstill."""
+        if self.topology.rank == 0:
+            return [*range(self.topology.world_size)]
+        return sorted({*self.topology.replicas()[self.topology.dp_rank], self.peer})
 
     def _sight(self, rank: int) -> Sight:
         key, now = f"beat/{rank}", time.monotonic()
@@ -166,9 +166,10 @@ class Guard(threading.Thread):
             return Sight(rank, "never seen", silent, 0.0)
         _, still, done = array("q", sign[:24])
         tick, trace = traced(sign[24:])
-        if silent and self._box(rank).exists():  # what it did after its last sign of life
-            last, more = traced(self._box(rank).read_bytes())
-            tick, trace = max(tick, last), trace | more
+        if silent > (BEATS_TO_LOOK - 1) * self.beat:  # what it did after its last sign of life
+            with suppress(OSError, IndexError):
+                last, more = traced(self._box(rank).read_bytes())
+                tick, trace = max(tick, last), trace | more
         return Sight(rank, self._place(rank)[0], silent, still / 1000, tick, trace, bool(done))
 
     def _own_failure(self, error: BaseException) -> tuple[str, int, tuple[int, ...]]:
@@ -185,30 +186,32 @@ class Guard(threading.Thread):
         self._end(**json.loads(self.store.compare_set("alarm", "", json.dumps(own))))
 
     def _end(self, message: str, status: int, lost: tuple[int, ...], teller: int) -> None:
-        """Leave the message and all stacks in the log, take ranks with it that can't end themselves, and exit."""
-        log.error(message)
-        with suppress(OSError), open(self.logs / f"rank-{self.topology.rank}.log", "a") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        """Tell, leave message and stacks in the log, take ranks along that can't end themselves, and exit."""
         if teller == self.topology.rank:
             print(f"error: {message}", file=sys.stderr, flush=True)
             report(status)
-        for rank in lost:
-            _, host, pid = self._place(rank)
-            if host == socket.gethostname() and rank != self.topology.rank:
-                _kill(pid)
-        sys.stderr.flush()
+        log.error(message)
+        with suppress(OSError), open(self.logs / f"rank-{self.topology.rank}.log", "a") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError, RuntimeError):
+            for place, machine, pid in map(self._place, lost):
+                if place and machine == _machine() and pid != os.getpid():
+                    os.kill(pid, signal.SIGKILL)
+        if self.topology.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(3 * self.beat)  # the store ends with this rank: first let the others read why
         os._exit(status)
 
     def _who(self, rank: int) -> str:
         return f"rank {rank} ({self._place(rank)[0]})"
 
     def _place(self, rank: int) -> tuple[str, str, int]:
-        """Role and host and process for people; host; process."""
-        key = f"who/{rank}"
-        if not self.store.check([key]):
-            return "never seen", "", 0
-        place, host, pid = json.loads(self.store.get(key))
-        return place, host, pid
+        """Role, host and process for people; machine; process."""
+        if rank not in self.places:
+            if not self.store.check([f"who/{rank}"]):
+                return "never seen", "", 0
+            place, machine, pid = json.loads(self.store.get(f"who/{rank}"))
+            self.places[rank] = place, machine, pid
+        return self.places[rank]
 
     def _box(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.recorder"
@@ -236,16 +239,19 @@ def _store(timeout: float) -> dist.Store:
     """A connection of one's own to the store of this attempt's ranks."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = timedelta(seconds=max(1.0, timeout * (1 - WAITS) / 2))
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+    try:
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+    except dist.DistError as error:
+        raise ValueError(f"the ranks' store at {host}:{port} can't be reached: {error}") from error
     return dist.PrefixStore(f"guard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _is_symptom(error: BaseException) -> bool:
+def _machine() -> str:
+    """What ranks that can see each other's processes have in common."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+
+
+def is_symptom(error: BaseException) -> bool:
     """Whether something else is the cause: a peer that is gone, or one that differs."""
     lost = isinstance(error, RuntimeError) and "gloo" in str(error)
     return lost or isinstance(error, (Diverged, dist.DistError))
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

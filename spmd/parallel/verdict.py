@@ -36,15 +36,15 @@ def judge(
     """What is wrong, the cause before its symptoms; None if all is well or somebody still computes.
 
     Args:
-        sights: of all ranks, by rank.
-        replicas: ranks of each replica, its leader last.
+        sights: of those ranks that are looked at.
+        replicas: ranks of each replica.
         silence: seconds without a sign of life that make a rank a lost one.
         stillness: seconds in which nobody has moved that make it a standstill.
     """
     lost = [sight for sight in sights if sight.silent > silence and not sight.done]
     ranks = tuple(sight.rank for sight in lost)
     for replica in replicas:
-        if difference := _difference([sights[rank] for rank in replica]):
+        if difference := _difference([sight for sight in sights if sight.rank in replica]):
             return Verdict(difference, ranks)
     if lost:
         told = (f"{sight} gave no sign of life for {sight.silent:.0f} s, at tick {sight.tick}" for sight in lost)
