@@ -84,6 +84,10 @@ def _quiet() -> Iterator[None]:
 def _tell(failures: Mapping[int, Any]) -> int:
     """Say which rank crashed, if one did; the exit code. The others' ends follow from its own."""
     if any(failure.exitcode == USAGE for failure in failures.values()):
+        for log in Path(os.environ["PET_LOG_DIR"]).glob("*/attempt_*/[1-9]*/stderr.log"):  # not on the terminal
+            for line in log.read_text(errors="replace").splitlines():
+                if line.startswith("error: "):
+                    print(line, file=sys.stderr)
         return USAGE
     crashed = {rank: failure for rank, failure in failures.items() if failure.exitcode not in GOOD}
     if not crashed:

@@ -24,6 +24,9 @@ if does == "finish":
 if does == "mistake" and rank == 0:
     print("error: yours", file=sys.stderr, flush=True)
     end(2)
+if does == "theirs" and rank == 1:
+    print("error: theirs", file=sys.stderr, flush=True)
+    sys.exit(2)
 if does == "crash" and rank == 1:
     sys.exit("error: mine")
 if does == "die" and rank == 1:
@@ -44,11 +47,18 @@ def start(folder: Path, does: str, *options: str) -> subprocess.Popen[str]:
 
 def test_the_exit_code_is_the_ranks_and_only_a_crash_is_explained(tmp_path: Path) -> None:
     runs = {does: start(tmp_path, does) for does in ("finish", "mistake", "die")}
-    runs["crash"] = start(tmp_path, "crash", "--redirects", "3", "--tee", "0:3")
+    runs |= {does: start(tmp_path, does, "--redirects", "3", "--tee", "0:3") for does in ("crash", "theirs")}
     told = {does: run.communicate(timeout=100)[1].splitlines() for does, run in runs.items()}
-    assert {does: run.returncode for does, run in runs.items()} == {"finish": 0, "mistake": 2, "crash": 1, "die": 1}
+    assert {does: run.returncode for does, run in runs.items()} == {
+        "finish": 0,
+        "mistake": 2,
+        "die": 1,
+        "crash": 1,
+        "theirs": 2,
+    }
     assert told["finish"] == []
     assert told["mistake"] == ["error: yours"]
+    assert told["theirs"] == ["error: theirs"]
     assert len(told["die"]) == 1 and told["die"][0].startswith("error: rank 1 was killed by SIGSEGV (local rank 1 on ")
     crash, log, mine = told["crash"]
     assert crash.startswith("error: rank 1 ended with exit code 1 (local rank 1 on ")
