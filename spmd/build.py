@@ -188,16 +188,18 @@ def check_model(config: Config, arch: Architecture, topology: Topology, device: 
     m = config.model
     assert m.path is not None
     own = this_device(device, f"rank {topology.rank} on {host()}", int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    for warning in check_memory(config, arch, smallest_of_stages(own, config, topology)):
-        warn(warning, topology.rank)
-    lacking = ""
-    if topology.rank == 0:
+    devices, problem, warned = smallest_of_stages(own, config, topology), "", [""]
+    if topology.rank == 0:  # for all: it takes a while, and ranks share their machine's cores
         try:
             check_files(arch, m.path, m.load_format, m.revision, stages(config, arch))
+            warned = check_memory(config, arch, devices)
         except ValueError as error:
-            lacking = str(error)
-    if lacking := from_rank_0(topology, lacking):
-        raise ValueError(lacking)
+            problem = str(error)
+    problem, warned = from_rank_0(topology, (problem, warned))
+    if problem:
+        raise ValueError(problem)
+    for warning in warned:
+        warn(warning, topology.rank)
 
 
 def _gather(metrics: Metrics, topology: Topology) -> Metrics | None:

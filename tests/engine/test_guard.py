@@ -74,14 +74,12 @@ def go_wrong(rank: int, config: Config, culprit: int, wrong: Callable[[Engine], 
 
 DRIFTS = [
     ((1, 2, 1), 0, no_admission, "requests"),
-    ((1, 2, 1), 1, no_admission, "requests"),
     ((1, 1, 2), 1, no_admission, "requests"),
     ((1, 2, 2), 2, no_admission, "requests"),
     ((2, 2, 1), 2, no_admission, "requests"),
     ((1, 2, 1), 0, lost_block, "blocks"),
     ((1, 2, 2), 3, other_token, "tokens"),
     ((1, 2, 1), 1, other_token, "tokens"),
-    ((2, 1, 2), 1, other_token, "tokens"),
 ]
 
 
@@ -130,7 +128,7 @@ def last_words(ranks: Ranks, task: Callable[[str], Task], tmp_path: Path) -> Cal
     def run(topology: tuple[int, int, int], culprit: int, wrong: Callable[[Engine], None]) -> list[str]:
         solved, size = task("qwen3"), topology[0] * topology[1] * topology[2]
         config = configure(solved.model, solved.input, str(tmp_path), topology, max_num_seqs=2)
-        config = replace(config, guard=GuardConfig(timeout=4.0))
+        config = replace(config, guard=GuardConfig(timeout=2.5))
         with pytest.raises(RankFailure, match="it ended with exit code"):
             ranks.run(size, go_wrong, config, culprit, wrong, grace=20.0)
         logs = [(tmp_path / "logs" / f"rank-{rank}.log").read_text() for rank in range(size)]
