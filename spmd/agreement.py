@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from spmd.config import Config
+from spmd.model.weights import computed_in
 
 ERROR = "error"  # a fact under this name is no fact but why its rank has none
 ABSENT = "absent"
@@ -46,6 +47,8 @@ def facts(config: Config) -> dict[str, str]:
     if config.device != "cpu" and torch.cuda.is_available():
         found["the kind of device"] = "cuda"
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    else:
+        found |= {f"what computes {dtype}": str(computed_in(dtype, "cpu")) for dtype in (torch.bfloat16, torch.float16)}
     found["the digest of spmd's source files"] = _source_digest()
     found |= {f"the environment's {name}": os.environ[name] for name in ENVIRONMENT if name in os.environ}
     return found

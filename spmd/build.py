@@ -27,7 +27,15 @@ from spmd.engine import Engine
 from spmd.io.source import Source
 from spmd.leader import Leader
 from spmd.model.architecture import Architecture, check_topology, read_architecture
-from spmd.model.build import build_stage, count_blocks, load_decoder, max_model_len, stages, use_flashinfer
+from spmd.model.build import (
+    build_stage,
+    count_blocks,
+    load_decoder,
+    max_model_len,
+    on_device,
+    stages,
+    use_flashinfer,
+)
 from spmd.model.checkpoint import check_files
 from spmd.model.memory import check_memory, smallest_of_stages, this_device
 from spmd.model.stage import Stage
@@ -160,6 +168,7 @@ def start(
     phases.end("imports")
     arch = model_shape(config, topology)
     device = choose_device(config)
+    arch = on_device(config, arch, device.type)
     use_flashinfer(config, arch, device)
     groups = connect(topology, device, lookahead(config, device.type) > 0, config.topology.ep, config.guard.timeout)
     run_dir = open_run_dir(config, topology)

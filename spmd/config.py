@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 @dataclass(frozen=True)
 class ModelConfig:
     path: str | None = None  # a folder with config.json (+ safetensors), or a Hub id
-    dtype: str = "auto"  # auto: the checkpoint's; float32, bfloat16, float16
+    dtype: str = "auto"  # auto: the checkpoint's, float32 on CPUs without it; float32, bfloat16, float16
     load_format: str = "auto"  # auto, safetensors, dummy (random weights, needs only config.json)
     max_model_len: int | None = None  # null: the model's max_position_embeddings
     tokenizer: str | None = None  # null: model.path

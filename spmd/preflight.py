@@ -31,7 +31,7 @@ from spmd.io.rows import BadRow, RowParser
 from spmd.io.tokenizing import load_generation_config, load_tokenizer
 from spmd.io.wording import first_line
 from spmd.model.architecture import Architecture
-from spmd.model.build import max_model_len, stages
+from spmd.model.build import max_model_len, on_device, stages
 from spmd.model.checkpoint import check_files
 from spmd.model.memory import (
     CUDA_BYTES,
@@ -74,6 +74,7 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
     kind = device.kind if device else "cuda"
     yield "config", _config(config, kind)
     arch = model_shape(config, Topology(t.dp, t.pp, t.tp))
+    arch = on_device(config, arch, kind)
     yield "model", [_model(config, arch)]
     yield "checkpoint", _checkpoint(config, arch)
     yield "memory", _memory(config, arch, kind, device)

@@ -46,7 +46,8 @@ def test_all_is_well(run: Run, tmp_path: Path) -> None:
     write_rows(
         tmp_path / "in.jsonl", [{"prompt": "1+2="}, {"prompt": "1+2=", "temprature": 0}, {"custom_id": "c"}] * 900
     )
-    status, out, err = run("topology=pp2dp2", "model=demo", "device=cpu", "input=in.jsonl", "output=new/out.jsonl")
+    model = ("model=demo", "model.dtype=bfloat16")
+    status, out, err = run("topology=pp2dp2", *model, "device=cpu", "input=in.jsonl", "output=new/out.jsonl")
     assert status == 0 and err == ""
     told = re.sub(r"[\d.]+ GiB", "_ GiB", out.replace(str(ROOT), ""))
     for line in (

@@ -3,7 +3,8 @@
 python -m spmd.bench.compare [rounds] [model=small ...]
 
 Machines are noisy, so every contender runs once a round, round after round, and the ratio is the median of the rounds'
-ratios. A process alone gets all cores, the ranks of a pipeline share them.
+ratios. A process alone gets all cores, the ranks of a pipeline share them. transformers computes in the checkpoint's
+dtype, as it does by default, and in float32, which is ours on CPUs without bfloat16.
 """
 
 import json
@@ -39,22 +40,26 @@ PP2 = Contender("pp=2", "spmd.bench", 2, ("topology=pp2",))
 ASYNC = Contender("pp=2 async_depth=1", "spmd.bench", 2, ("topology=pp2", "scheduler.async_depth=1"))
 NO_CAP = Contender("pp=2 decode_cap=false", "spmd.bench", 2, ("topology=pp2", "scheduler.decode_cap=false"))
 TRANSFORMERS = Contender("transformers generate", "spmd.bench.reference")
-PAIRS = ((PP2, PP1), (PP2, TRANSFORMERS), (PP1, TRANSFORMERS), (ASYNC, PP2), (PP2, NO_CAP))
+FLOAT32 = Contender("transformers in float32", "spmd.bench.reference", overrides=("model.dtype=float32",))
+CONTENDERS = (PP1, PP2, TRANSFORMERS, FLOAT32, ASYNC, NO_CAP)
+PAIRS = (
+    *((PP2, PP1), (PP2, TRANSFORMERS), (PP1, TRANSFORMERS)),
+    *((PP2, FLOAT32), (PP1, FLOAT32), (ASYNC, PP2), (PP2, NO_CAP)),
+)
 
 
 def compare(rounds: int, overrides: list[str]) -> None:
     """Run every contender `rounds` times in turn and print medians and ratios."""
-    contenders = (PP1, PP2, TRANSFORMERS, ASYNC, NO_CAP)
-    speed: dict[Contender, list[float]] = {contender: [] for contender in contenders}
-    busy: dict[Contender, list[list[float]]] = {contender: [] for contender in contenders}
+    speed: dict[Contender, list[float]] = {contender: [] for contender in CONTENDERS}
+    busy: dict[Contender, list[list[float]]] = {contender: [] for contender in CONTENDERS}
     for number in range(rounds):
-        for contender in contenders:
+        for contender in CONTENDERS:
             figures = contender.run(overrides)
             speed[contender].append(figures["output_throughput"])
             busy[contender].append(figures.get("stage_busy_percent", []))
             print(f"round {number + 1}: {contender.name}: {speed[contender][-1]:.1f} tok/s", file=sys.stderr)
     print(f"{'':24} {'output tok/s':>12}  stage busy %")
-    for contender in contenders:
+    for contender in CONTENDERS:
         stages = [f"{median(stage):.1f}" for stage in zip(*busy[contender], strict=True)]
         print(f"{contender.name:24} {median(speed[contender]):12.1f}  {' '.join(stages)}")
     for ours, other in PAIRS:

@@ -2,6 +2,7 @@
 
 import math
 import socket
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from spmd.model.layers import ColumnLinear, RowLinear
 from spmd.model.product import Products, supported
 from spmd.model.sampler import Sampler
 from spmd.model.stage import Stage
+from spmd.model.weights import computed_in
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.groups import Groups
@@ -40,6 +42,11 @@ def stages(config: Config, arch: Architecture) -> list[range]:
 
 def max_model_len(config: Config, arch: Architecture) -> int:
     return config.model.max_model_len or arch.max_position_embeddings
+
+
+def on_device(config: Config, arch: Architecture, device: str) -> Architecture:
+    """The model as a kind of device computes it, which with `model.dtype=auto` may be in another dtype."""
+    return arch if config.model.dtype != "auto" else replace(arch, dtype=computed_in(arch.dtype, device))
 
 
 def load_decoder(

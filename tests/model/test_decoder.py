@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from checkpoints import FAMILIES, SCALINGS, write_checkpoint
+from ranks import Ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +19,8 @@ from spmd.model.batch import Batch, Span
 from spmd.model.checkpoint import load
 from spmd.model.decoder import Decoder
 from spmd.model.kv_cache import KVCache
+from spmd.model.weights import computed_in
+from spmd.parallel.groups import join
 from spmd.parallel.tensor import TensorParallel
 
 BLOCK = 4
@@ -147,14 +149,22 @@ def test_long_chunk_is_cut_into_tiles(tmp_path: Path, monkeypatch: pytest.Monkey
     in_all_ways(Pipeline(path), reference(path))
 
 
-def test_packed_bfloat16_equals_dense(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float32", 1e-4)])
+def test_packed_equals_dense(tmp_path: Path, dtype: str, tolerance: float) -> None:
     path = write_checkpoint(tmp_path, "Qwen3MoeForCausalLM", tie_word_embeddings=True, mlp_only_layers=[0])
-    pipeline = Pipeline(path, dtype="bfloat16")
+    pipeline = Pipeline(path, dtype=dtype)
     chunks = [(i, 0, prompt) for i, prompt in enumerate(prompts())]
     dense = pipeline.run(chunks)
     pipeline.stages[0].pack(8)
-    assert pipeline.stages[0].embed_tokens.weight.dtype == torch.bfloat16
-    torch.testing.assert_close(pipeline.run(chunks), dense, rtol=0.05, atol=0.1)
+    assert pipeline.stages[0].embed_tokens.weight.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(pipeline.run(chunks), dense, rtol=tolerance / 2, atol=tolerance)
+
+
+def test_cpus_without_a_dtype_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spmd.model.weights._multiplies", lambda dtype: dtype != torch.bfloat16)
+    assert computed_in(torch.bfloat16, "cpu") == torch.float32
+    assert computed_in(torch.float16, "cpu") == torch.float16
+    assert computed_in(torch.bfloat16, "cuda") == torch.bfloat16
 
 
 def test_batch_that_samples_nothing(tmp_path: Path) -> None:
@@ -165,16 +175,14 @@ def test_batch_that_samples_nothing(tmp_path: Path) -> None:
     assert pipeline.stages[0](null, batch, pipeline.backends[0]).shape == (0, 128)
 
 
-def tensor_parallel_rank(rank: int, folder: str, paths: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def tensor_parallel_rank(rank: int, paths: list[str]) -> None:
+    join()
     for path in paths:
         pipeline = Pipeline(path, cuts=(2,), tp=TensorParallel(rank, 2, dist.group.WORLD))
         in_all_ways(pipeline, torch.load(f"{path}/expected.pt"))
-    dist.destroy_process_group()
 
 
-def test_two_tensor_parallel_ranks_equal_one(tmp_path: Path) -> None:
+def test_two_tensor_parallel_ranks_equal_one(ranks: Ranks, tmp_path: Path) -> None:
     paths = []
     for variant in ("llama_biased", "qwen3_tied", "qwen3_moe_some_dense"):
         family, overrides = VARIANTS[variant]
@@ -182,4 +190,4 @@ def test_two_tensor_parallel_ranks_equal_one(tmp_path: Path) -> None:
         path = write_checkpoint(tmp_path / variant, family, **overrides | {"vocab_size": 129})
         torch.save(reference(path), f"{path}/expected.pt")
         paths.append(path)
-    mp.spawn(tensor_parallel_rank, (str(tmp_path), paths), nprocs=2)
+    ranks.run(2, tensor_parallel_rank, paths)
