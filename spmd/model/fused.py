@@ -105,11 +105,18 @@ class FlashInferBackend:
         self.decode_lens = (batch.positions[:rows] + 1).to(torch.uint32)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.products and bias is None and not self.batch.prefills:
-            product = self.products(x, weight)
-            if product is not None:
-                return product
-        return linear(x, weight, bias)
+        product = self._product(x, weight, bias, 1)
+        return linear(x, weight, bias) if product is None else product
+
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = self._product(x, weight, bias, 2)
+        return self.gated(linear(x, weight, bias)) if product is None else product
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, halves: int) -> Tensor | None:
+        """By our own kernel, if that can do it."""
+        if self.products is None or bias is not None or self.batch.prefills:
+            return None
+        return self.products(x, weight, halves)
 
     def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         from spmd.model.kernels import add_norm
