@@ -129,7 +129,8 @@ class Scheduler:
             elif request.seat >= 0:
                 passed_over.append(request)
         self.ready.extendleft(reversed(passed_over))
-        plan.add_decodes(chosen)
+        # Attention's thread blocks start in this order: a long one had better not be the last.
+        plan.add_decodes(sorted(chosen, key=lambda request: -request.scheduled))
         for request in chosen:
             if request.scheduled % size == 0:
                 self._register(request)
