@@ -139,7 +139,8 @@ def build_stage(
     backend: Backend
     if flashinfer:
         products = _decode_products(config, decoder, device) if by_graph else None
-        backend = FlashInferBackend(arch, decoder.range, cache, topology.tp, products)
+        buckets = decode_buckets(config, device.type) if by_graph else []
+        backend = FlashInferBackend(arch, decoder.range, cache, topology.tp, products, buckets, inputs.tables.shape[1])
     else:
         backend = TorchBackend(arch, decoder.range, cache, topology.tp)
     stage = Stage(Forward(decoder, backend), inputs, channel, feedback, sampler)

@@ -20,8 +20,10 @@ from spmd.model.norm import RMSNorm
 from spmd.model.product import Products
 from spmd.model.rope import Rotary
 from spmd.model.weights import linear
+from spmd.model.wide import WideDecode
 
 WORKSPACE_BYTES = 384 * 2**20  # partial results of attention over split key ranges
+WIDE = 1200  # rows times KV heads from which on FlashAttention 2 beats XQA
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 CAPABILITY = (9, 0)  # XQA: Hopper and later
@@ -48,9 +50,23 @@ class FlashInferBackend:
     """See `spmd.model.backend.Backend`."""
 
     def __init__(
-        self, arch: Architecture, layers: Sequence[int], cache: KVCache, tp: int = 1, products: Products | None = None
+        self,
+        arch: Architecture,
+        layers: Sequence[int],
+        cache: KVCache,
+        tp: int = 1,
+        products: Products | None = None,
+        decode_buckets: Sequence[int] = (),
+        most_blocks: int = 0,
     ) -> None:
-        """`layers` are the stage's, `tp` the number of tensor-parallel ranks; `products` do those of decode batches."""
+        """
+        Args:
+            layers: the stage's.
+            tp: number of tensor-parallel ranks.
+            products: do the products of decode batches.
+            decode_buckets: row counts that many decode batches have.
+            most_blocks: those of the longest request.
+        """
         from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
         self.cache = cache
@@ -65,6 +81,11 @@ class FlashInferBackend:
             window: BatchPrefillWithPagedKVCacheWrapper(scratch, "HND") for window in set(self.windows)
         }
         self.planned = torch.cuda.Event()
+        self.wide = {
+            rows: WideDecode(rows, self.heads, cache, most_blocks, scratch)
+            for rows in decode_buckets
+            if rows * cache.kv_heads >= WIDE
+        }
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +122,8 @@ class FlashInferBackend:
         self.batch = batch
         self.cos, self.sin = self.rotary.angles(batch.positions)
         self.slots = batch.slots(self.cache.block_size)
+        if rows in self.wide:
+            self.wide[rows].fill(batch)
         self.decode_tables = batch.tables[batch.seats[:rows]]
         self.decode_lens = (batch.positions[:rows] + 1).to(torch.uint32)
 
@@ -143,6 +166,9 @@ class FlashInferBackend:
         return gated(gate_up)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, output: Tensor) -> None:
+        if window is None and len(q) in self.wide:
+            self.wide[len(q)](q, keys, values, output)
+            return
         from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
         xqa_batch_decode_with_kv_cache(
