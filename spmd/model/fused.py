@@ -1,8 +1,9 @@
 """The backend for GPUs: attention by FlashInfer, what stands between attention and products by kernels of ours.
 
-Decode rows go through XQA, which reads block tables and lengths on the device: nothing about them is known to the
-host, so CUDA graphs can hold them. Prompt chunks go through a kernel that the host plans for (which thread block reads
-which part of the cache); FlashInfer picks FlashAttention 3 where the chip has it.
+Decode rows go through XQA, or FlashAttention 2 where there are many (wide.py). Both read block tables and lengths on
+the device: nothing about them is known to the host, so CUDA graphs can hold them. Prompt chunks go through a kernel
+that the host plans for (which thread block reads which part of the cache); FlashInfer picks FlashAttention 3 where the
+chip has it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from spmd.model.weights import linear
 from spmd.model.wide import WideDecode
 
 WORKSPACE_BYTES = 384 * 2**20  # partial results of attention over split key ranges
-WIDE = 1200  # rows times KV heads from which on FlashAttention 2 beats XQA
+WIDE = 512  # rows times KV heads from which on FlashAttention 2 is no slower than XQA: two waves of thread blocks
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 CAPABILITY = (9, 0)  # XQA: Hopper and later

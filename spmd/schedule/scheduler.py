@@ -129,8 +129,7 @@ class Scheduler:
             elif request.seat >= 0:
                 passed_over.append(request)
         self.ready.extendleft(reversed(passed_over))
-        # Attention's thread blocks start in this order: a long one had better not be the last.
-        plan.add_decodes(sorted(chosen, key=lambda request: -request.scheduled))
+        plan.add_decodes(chosen)
         for request in chosen:
             if request.scheduled % size == 0:
                 self._register(request)
