@@ -50,7 +50,7 @@ class SchedulerConfig:
     policy: str = "fcfs"  # fcfs, priority
     prefix_caching: bool = True
     decode_cap: bool = True  # at most max_num_seqs // pp decode rows in a plan; off only to measure what it brings
-    decode_buckets: list[int] | None = None  # smaller row counts to pad decode batches to; null: on GPUs 8, 16, 32, ...
+    decode_buckets: list[int] | None = None  # smaller row counts to pad decode batches to; null: on GPUs 8, 16, 24, ...
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,17 @@ def decode_buckets(config: Config, device: str) -> list[int]:
     """Row counts a decode batch may be padded to, largest first. A GPU gets a CUDA graph of each."""
     rows, chosen = decode_rows(config), config.scheduler.decode_buckets
     if chosen is None:
-        chosen = [2**power for power in range(3, 16) if 2**power < rows] if device == "cuda" else []
+        chosen = _even_buckets(rows) if device == "cuda" else []
     return sorted({rows, *chosen}, reverse=True)
+
+
+def _even_buckets(most: int) -> list[int]:
+    """Row counts below `most`: by eights to 64, from there on by a quarter of the power of two below."""
+    counts, rows = [], 8
+    while rows < most:
+        counts.append(rows)
+        rows += max(8, 2 ** (rows.bit_length() - 3))
+    return counts
 
 
 def max_num_batched_tokens(config: Config, device: str) -> int:

@@ -39,7 +39,7 @@ class Workload:
                 f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {needed} tokens, "
                 f"a request can have {longest} (model.max_model_len, scheduler.num_blocks)"
             )
-        self._prompts = prompts(w, w.num_prompts, vocab_size)
+        self._prompts = iter(list(prompts(w, w.num_prompts, vocab_size)))  # drawing them is not what is measured
         self._numbers = count()
 
     def take(self, own: bool) -> Job | BadRow | Skipped | None:

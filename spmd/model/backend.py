@@ -29,6 +29,9 @@ class Backend(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `spmd.model.weights.linear`."""
 
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """silu(gate) * up, of one linear that holds both, one after the other."""
+
     def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """`norm(x + residual)` and the sum, `[T, hidden]` both; without a residual, of x alone. May overwrite both."""
 
@@ -67,6 +70,9 @@ class TorchBackend:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
+
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.gated(linear(x, weight, bias))
 
     def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         if residual is not None:

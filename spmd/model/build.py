@@ -146,7 +146,8 @@ def build_stage(
     backend: Backend
     if flashinfer:
         products = _decode_products(config, decoder, device) if by_graph else None
-        backend = FlashInferBackend(arch, decoder.range, cache, topology.tp, products)
+        buckets = decode_buckets(config, device.type) if by_graph else []
+        backend = FlashInferBackend(arch, decoder.range, cache, topology.tp, products, buckets, inputs.tables.shape[1])
     else:
         backend = TorchBackend(arch, decoder.range, cache, topology.tp)
     stage = Stage(Forward(decoder, backend), inputs, channel, feedback, sampler)
@@ -163,5 +164,5 @@ def _decode_products(config: Config, decoder: Decoder, device: torch.device) -> 
     if config.model.decode_products == "torch" or decoder.arch.dtype != torch.bfloat16 or not supported(device):
         return None
     kinds = (ColumnLinear,) if decoder.tp.size > 1 else (ColumnLinear, RowLinear)  # partial sums go where others read
-    weights = [module.weight for module in decoder.modules() if isinstance(module, kinds)]
-    return Products([(len(w), w.shape[1]) for w in weights], decode_buckets(config, device.type), device)
+    shapes = [(*m.weight.shape, m.halves) for m in decoder.modules() if isinstance(m, kinds)]
+    return Products(shapes, decode_buckets(config, device.type), device)

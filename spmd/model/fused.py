@@ -1,8 +1,9 @@
 """The backend for GPUs: attention by FlashInfer, what stands between attention and products by kernels of ours.
 
-Decode rows go through XQA, which reads block tables and lengths on the device: nothing about them is known to the
-host, so CUDA graphs can hold them. Prompt chunks go through a kernel that the host plans for (which thread block reads
-which part of the cache); FlashInfer picks FlashAttention 3 where the chip has it.
+Decode rows go through XQA, or FlashAttention 2 where there are many (wide.py). Both read block tables and lengths on
+the device: nothing about them is known to the host, so CUDA graphs can hold them. Prompt chunks go through a kernel
+that the host plans for (which thread block reads which part of the cache); FlashInfer picks FlashAttention 3 where the
+chip has it.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from spmd.model.norm import RMSNorm
 from spmd.model.product import Products
 from spmd.model.rope import Rotary
 from spmd.model.weights import linear
+from spmd.model.wide import WideDecode
 
 WORKSPACE_BYTES = 384 * 2**20  # partial results of attention over split key ranges
+WIDE = 512  # rows times KV heads from which on FlashAttention 2 is no slower than XQA: two waves of thread blocks
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 CAPABILITY = (9, 0)  # XQA: Hopper and later
@@ -48,9 +51,23 @@ class FlashInferBackend:
     """See `spmd.model.backend.Backend`."""
 
     def __init__(
-        self, arch: Architecture, layers: Sequence[int], cache: KVCache, tp: int = 1, products: Products | None = None
+        self,
+        arch: Architecture,
+        layers: Sequence[int],
+        cache: KVCache,
+        tp: int = 1,
+        products: Products | None = None,
+        decode_buckets: Sequence[int] = (),
+        most_blocks: int = 0,
     ) -> None:
-        """`layers` are the stage's, `tp` the number of tensor-parallel ranks; `products` do those of decode batches."""
+        """
+        Args:
+            layers: the stage's.
+            tp: number of tensor-parallel ranks.
+            products: do the products of decode batches.
+            decode_buckets: row counts that many decode batches have.
+            most_blocks: those of the longest request.
+        """
         from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
         self.cache = cache
@@ -65,6 +82,11 @@ class FlashInferBackend:
             window: BatchPrefillWithPagedKVCacheWrapper(scratch, "HND") for window in set(self.windows)
         }
         self.planned = torch.cuda.Event()
+        self.wide = {
+            rows: WideDecode(rows, self.heads, cache, most_blocks, scratch)
+            for rows in decode_buckets
+            if rows * cache.kv_heads >= WIDE
+        }
 
     @property
     def device(self) -> torch.device:
@@ -101,15 +123,24 @@ class FlashInferBackend:
         self.batch = batch
         self.cos, self.sin = self.rotary.angles(batch.positions)
         self.slots = batch.slots(self.cache.block_size)
+        if rows in self.wide:
+            self.wide[rows].fill(batch)
         self.decode_tables = batch.tables[batch.seats[:rows]]
         self.decode_lens = (batch.positions[:rows] + 1).to(torch.uint32)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.products and bias is None and not self.batch.prefills:
-            product = self.products(x, weight)
-            if product is not None:
-                return product
-        return linear(x, weight, bias)
+        product = self._product(x, weight, bias, 1)
+        return linear(x, weight, bias) if product is None else product
+
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = self._product(x, weight, bias, 2)
+        return self.gated(linear(x, weight, bias)) if product is None else product
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, halves: int) -> Tensor | None:
+        """By our own kernel, if that can do it."""
+        if self.products is None or bias is not None or self.batch.prefills:
+            return None
+        return self.products(x, weight, halves)
 
     def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         from spmd.model.kernels import add_norm
@@ -136,6 +167,9 @@ class FlashInferBackend:
         return gated(gate_up)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, output: Tensor) -> None:
+        if window is None and len(q) in self.wide:
+            self.wide[len(q)](q, keys, values, output)
+            return
         from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
         xqa_batch_decode_with_kv_cache(

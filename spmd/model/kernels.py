@@ -79,6 +79,24 @@ def norm_rope_append(
     return queries
 
 
+def pack_tables(
+    positions: Tensor, seats: Tensor, tables: Tensor, ends: Tensor, last: Tensor, blocks: Tensor, block_size: int
+) -> None:
+    """Block tables of rows one after the other, without what a row doesn't use.
+
+    Args:
+        positions, seats: int64, of at least R rows.
+        tables: int32 `[seats, blocks of the longest request]`.
+        ends: int32 `[R + 1]`, of which the first is 0; the others become where each row's blocks end.
+        last: int32 `[R]`, becomes the tokens in each row's last block.
+        blocks: int32, becomes the blocks.
+    """
+    rows, width = len(last), tables.shape[1]
+    _pack_tables[(rows,)](
+        positions, seats, tables, ends, last, blocks, width, block_size, triton.next_power_of_2(rows), num_warps=4
+    )
+
+
 def _launch(x: Tensor) -> dict[str, Any]:
     """How to start early; Triton's interpreter knows nothing of that."""
     return {"launch_pdl": True} if x.is_cuda else {}
@@ -117,6 +135,25 @@ def _gated(gate_up, out, inner: tl.constexpr, at_once: tl.constexpr, early: tl.c
     _wait(early)
     gate, up = tl.load(source, inside, 0).to(tl.float32), tl.load(source + inner, inside, 0).to(tl.float32)
     tl.store(out + row * inner + column, gate / (1 + tl.exp(-gate)) * up, inside)
+
+
+@triton.jit
+def _pack_tables(
+    positions, seats, tables, ends, last, blocks,
+    width, block_size: tl.constexpr, at_once: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    each = tl.arange(0, at_once)
+    before = tl.load(positions + each, each < row, 0).to(tl.int32) // block_size + 1
+    start = tl.sum(tl.where(each < row, before, 0))
+    position = tl.load(positions + row).to(tl.int32)
+    count = position // block_size + 1
+    tl.store(ends + row + 1, start + count)
+    tl.store(last + row, position % block_size + 1)
+    table = tables + tl.load(seats + row) * width
+    for first in range(0, count, at_once):
+        column = first + each
+        tl.store(blocks + start + column, tl.load(table + column, column < count, 0), column < count)
 
 
 @triton.jit

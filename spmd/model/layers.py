@@ -18,17 +18,25 @@ class ColumnLinear(Weights):
     packable = ("weight",)
     weight: Tensor
 
-    def __init__(self, size: int, parts: dict[str, int], bias: bool, dtype: torch.dtype, tp: TensorParallel) -> None:
-        """`size` is the input's, `parts` the whole output size of each checkpoint linear by name."""
+    def __init__(
+        self, size: int, parts: dict[str, int], bias: bool, dtype: torch.dtype, tp: TensorParallel, halves: int = 1
+    ) -> None:
+        """`size` is the input's, `parts` the whole output size of each checkpoint linear by name.
+
+        With two `halves` the parts are gate and up, and the output silu(gate) * up.
+        """
         super().__init__()
         self.tp = tp
+        self.halves = halves
         self.parts = {name: out // tp.size for name, out in parts.items()}
         total = sum(self.parts.values())
         self.weight = empty(dtype, total, size)
         self.bias = empty(dtype, total) if bias else None
 
     def forward(self, x: Tensor, backend: Backend) -> Tensor:
-        """`[T, size]` to `[T, sum of the local parts]`, part after part."""
+        """`[T, size]` to `[T, sum of the local parts / halves]`, part after part."""
+        if self.halves == 2:
+            return backend.gated_linear(x, self.weight, self.bias)
         return backend.linear(x, self.weight, self.bias)
 
     def pieces(self, own: str) -> Iterator[Piece]:
@@ -44,6 +52,7 @@ class RowLinear(Weights):
     """A linear whose input is split over the tp ranks; the ranks' partial outputs are summed."""
 
     packable = ("weight",)
+    halves = 1
     weight: Tensor
 
     def __init__(self, size: int, out: int, bias: bool, dtype: torch.dtype, tp: TensorParallel) -> None:
@@ -120,9 +129,9 @@ class MLP(nn.Module):
         super().__init__()
         inner, bias = arch.intermediate_size, arch.mlp_bias
         parts = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = ColumnLinear(arch.hidden_size, parts, bias, arch.dtype, tp)
+        self.gate_up_proj = ColumnLinear(arch.hidden_size, parts, bias, arch.dtype, tp, halves=2)
         self.down_proj = RowLinear(inner, arch.hidden_size, bias, arch.dtype, tp)
 
     def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor:
         """`shared_rows` concerns sparse layers alone."""
-        return self.down_proj(backend.gated(self.gate_up_proj(x, backend)), backend)
+        return self.down_proj(self.gate_up_proj(x, backend), backend)

@@ -14,9 +14,10 @@
 // - A kernel behind that is launched early must wait in turn before it touches what kernels in front of it use.
 //   Those launched as usual always do.
 //
-// Defined in front of this text: ROWS (a multiple of 8, at least `rows`), OUTS (64, 128 or 192), PARTS, SLOTS, DEEP
-// (copies of 64 columns a step; `columns` is a multiple of 64 * DEEP, at least PARTS of them) and MMA, which is the
-// matrix unit's instruction for ROWS rows.
+// Defined in front of this text: ROWS (a multiple of 8: rows of x of a block; blockIdx.y counts such blocks), OUTS (64,
+// 128 or 192), HALVES (2: the weight holds gate and up, one after the other, and out = silu(gate) * up), PARTS, SLOTS,
+// DEEP (copies of 64 columns a step; `columns` is a multiple of 64 * DEEP, at least PARTS of them) and MMA, which is
+// the matrix unit's instruction for ROWS rows.
 
 typedef unsigned u32;
 typedef unsigned long long u64;
@@ -24,10 +25,15 @@ struct alignas(64) Map { u64 opaque[16]; };
 
 constexpr int GROUPS = OUTS / 64, THREADS = GROUPS * 128;  // warpgroups and threads that multiply
 constexpr int W_BYTES = OUTS * 128, X_BYTES = ROWS * 128, SLOT = DEEP * (W_BYTES + X_BYTES);
+constexpr int WIDTH = OUTS / HALVES;  // columns of `out` that a tile makes
 constexpr int PITCH = OUTS + 4;  // floats from row to row of the sums: four apart in banks, aligned to 16 bytes
 constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;
 
 __device__ u32 shared(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ void start(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared(barrier)), "r"(arrivals));
+}
 
 __device__ void wait(u32 barrier, u32 parity) {
   asm volatile("{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again;}"
@@ -41,7 +47,7 @@ __device__ void copy(u32 to, const Map& map, int column, int row, u32 barrier, u
 }
 
 // What the matrix unit needs to know of a tile in shared memory: rows of 128 bytes, swizzled in groups of 8.
-__device__ u64 tile(u32 at) { return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
+__device__ u64 matrix(u32 at) { return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62); }
 
 __device__ void together() {  // the threads that multiply
   asm volatile("bar.sync 1, %0;" :: "r"(THREADS) : "memory");
@@ -53,19 +59,24 @@ __device__ u32 part() {
   return rank;
 }
 
+__device__ int tile() { return blockIdx.x / PARTS; }
+
 // One thread's work: all copies of its block, SLOTS ahead of the multiplication.
-__device__ void load(const Map& weights, const Map& inputs, u32 base, u64* full, u64* empty, int first, int steps) {
-  const int row = blockIdx.x / PARTS * OUTS;
+__device__ void load(const Map& weights, const Map& inputs, u32 base, u64* full, u64* empty, int first, int steps,
+                     int size) {
   auto weight = [&](int i, int slot) {
     const u32 barrier = shared(&full[slot]);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(SLOT) : "memory");
-    for (int d = 0; d < DEEP; d++)  // read once: not worth a place in L2
-      copy(base + slot * SLOT + d * W_BYTES, weights, ((first + i) * DEEP + d) * 64, row, barrier, EVICT_FIRST);
+    for (int d = 0; d < DEEP; d++)
+      for (int h = 0; h < HALVES; h++)  // read once: not worth a place in L2
+        copy(base + slot * SLOT + d * W_BYTES + h * (W_BYTES / HALVES), weights, ((first + i) * DEEP + d) * 64,
+             h * size + tile() * WIDTH, barrier, EVICT_FIRST);
   };
   auto input = [&](int i, int slot) {
     const u32 at = base + slot * SLOT + DEEP * W_BYTES;
     for (int d = 0; d < DEEP; d++)
-      copy(at + d * X_BYTES, inputs, ((first + i) * DEEP + d) * 64, 0, shared(&full[slot]), EVICT_NORMAL);
+      copy(at + d * X_BYTES, inputs, ((first + i) * DEEP + d) * 64, blockIdx.y * ROWS, shared(&full[slot]),
+           EVICT_NORMAL);
   };
   const int lead = steps < SLOTS ? steps : SLOTS;
   asm volatile("griddepcontrol.launch_dependents;");
@@ -90,8 +101,8 @@ __device__ void multiply(float (&sum)[ROWS / 2], u32 base, u64* full, u64* empty
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     #pragma unroll
     for (int d = 0; d < DEEP; d++) {
-      const u64 a = tile(base + slot * SLOT + d * W_BYTES + group * 8192);
-      const u64 b = tile(base + slot * SLOT + DEEP * W_BYTES + d * X_BYTES);
+      const u64 a = matrix(base + slot * SLOT + d * W_BYTES + group * 8192);
+      const u64 b = matrix(base + slot * SLOT + DEEP * W_BYTES + d * X_BYTES);
       #pragma unroll
       for (int k = 0; k < 4; k++) MMA(sum, a + 2 * k, b + 2 * k, i + d + k > 0);
     }
@@ -127,22 +138,34 @@ __device__ float4 read(u32 at, u32 rank) {
   return v;
 }
 
-// A block's share of the rows: the parts' sums added in the same order at every run, stored as bf16.
+// Four sums of the parts, added in the same order at every run.
+__device__ float4 total(u32 at) {
+  float4 v = read(at, 0);
+  #pragma unroll
+  for (int p = 1; p < PARTS; p++) {
+    const float4 o = read(at, p);
+    v.x += o.x, v.y += o.y, v.z += o.z, v.w += o.w;
+  }
+  return v;
+}
+
+__device__ float silu(float x) { return x / (1 + __expf(-x)); }
+
+// A block's share of the rows, stored as bf16.
 __device__ void store(u32 sums, unsigned short* out, int rows, int size) {
-  constexpr int SHARE = (ROWS + PARTS - 1) / PARTS, WIDE = OUTS / 4;
-  const int first = part() * SHARE, last = min(rows, first + SHARE);
+  constexpr int EACH = (ROWS + PARTS - 1) / PARTS, WIDE = WIDTH / 4;
+  const int above = blockIdx.y * ROWS, first = part() * EACH, last = min(min(ROWS, rows - above), first + EACH);
   for (int e = threadIdx.x; e < (last - first) * WIDE; e += THREADS) {
     const int m = first + e / WIDE, n = e % WIDE * 4;
-    float4 v = read(sums + (m * PITCH + n) * 4, 0);
-    #pragma unroll
-    for (int p = 1; p < PARTS; p++) {
-      const float4 o = read(sums + (m * PITCH + n) * 4, p);
-      v.x += o.x, v.y += o.y, v.z += o.z, v.w += o.w;
+    float4 v = total(sums + (m * PITCH + n) * 4);
+    if (HALVES > 1) {
+      const float4 up = total(sums + (m * PITCH + WIDTH + n) * 4);
+      v.x = silu(v.x) * up.x, v.y = silu(v.y) * up.y, v.z = silu(v.z) * up.z, v.w = silu(v.w) * up.w;
     }
     uint2 y;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y.x) : "f"(v.y), "f"(v.x));
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y.y) : "f"(v.w), "f"(v.z));
-    *(uint2*)(out + (long long)m * size + blockIdx.x / PARTS * OUTS + n) = y;
+    *(uint2*)(out + (long long)(above + m) * size + tile() * WIDTH + n) = y;
   }
 }
 
@@ -154,14 +177,11 @@ product(const __grid_constant__ Map weights, const __grid_constant__ Map inputs,
   const u32 base = (shared(raw) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
   const int all = columns / (64 * DEEP), first = part() * all / PARTS, steps = (part() + 1) * all / PARTS - first;
   if (threadIdx.x == THREADS) {
-    for (int s = 0; s < SLOTS; s++) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared(&full[s])));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared(&empty[s])), "r"(THREADS / 32));
-    }
+    for (int i = 0; i < SLOTS; i++) start(&full[i], 1), start(&empty[i], THREADS / 32);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  if (threadIdx.x == THREADS) load(weights, inputs, base, full, empty, first, steps);
+  if (threadIdx.x == THREADS) load(weights, inputs, base, full, empty, first, steps, size);
   if (threadIdx.x < THREADS) {
     float sum[ROWS / 2];
     multiply(sum, base, full, empty, steps);

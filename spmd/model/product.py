@@ -32,8 +32,11 @@ def supported(device: torch.device) -> bool:
 class Products:
     """The products of given shapes, compiled."""
 
-    def __init__(self, shapes: Iterable[tuple[int, int]], rows: Iterable[int], device: torch.device) -> None:
-        """`shapes` are the weights' `[N, K]`, `rows` what x may have; those that don't suit the kernel are left out."""
+    def __init__(self, shapes: Iterable[tuple[int, int, int]], rows: Iterable[int], device: torch.device) -> None:
+        """`shapes` are the weights' `[N, K]` and how many `halves` they have, see `__call__`; `rows` what x may have.
+
+        Those that don't suit the kernel are left out.
+        """
         torch.cuda.synchronize(device)  # the driver loads kernels into torch's context, which there must be
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         wanted = {(m, *shape): tiling(m, *shape, processors) for shape in set(shapes) for m in rows}
@@ -42,12 +45,16 @@ class Products:
         with ThreadPoolExecutor() as pool:
             self.kernels = {cut: _load(cubin, cut) for cut, cubin in zip(cuts, pool.map(_compile, cuts), strict=True)}
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """`[M, N]`, or None if it wasn't compiled for these shapes. Both contiguous and in bfloat16."""
-        cut = self.tilings.get((len(x), *weight.shape))
+    def __call__(self, x: Tensor, weight: Tensor, halves: int = 1) -> Tensor | None:
+        """`[M, N]`, or None if it wasn't compiled for these shapes. Both contiguous and in bfloat16.
+
+        With two `halves` the weight holds those of gate and up, one after the other, and the result is
+        silu(gate) * up, `[M, N / 2]`.
+        """
+        cut = self.tilings.get((len(x), *weight.shape, halves))
         if cut is None:
             return None
-        out = x.new_empty(len(x), len(weight))
+        out = x.new_empty(len(x), len(weight) // halves)
         self.launch(cut, x, weight, out)
         return out
 
@@ -61,12 +68,16 @@ class Products:
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = cut.parts, 1, 1
         launch = driver.CUlaunchConfig()
-        launch.gridDimX, launch.gridDimY, launch.gridDimZ = len(weight) // cut.outs * cut.parts, 1, 1
+        launch.gridDimX, launch.gridDimY = len(weight) // cut.outs * cut.parts, -(-len(x) // cut.rows)
+        launch.gridDimZ = 1
         launch.blockDimX, launch.blockDimY, launch.blockDimZ = cut.outs * 2 + 32, 1, 1
         launch.sharedMemBytes = cut.shared_bytes
         launch.hStream = torch.cuda.current_stream(x.device).cuda_stream
         launch.attrs, launch.numAttrs = [early, cluster], 2
-        values = (_map(weight, cut.outs), _map(x, cut.rows), out.data_ptr(), len(x), len(weight), weight.shape[1])
+        values = (
+            *(_map(weight, cut.outs // cut.halves), _map(x, cut.rows)),
+            *(out.data_ptr(), len(x), out.shape[1], weight.shape[1]),
+        )
         types = (None, None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int)
         _checked(driver.cuLaunchKernelEx(launch, self.kernels[cut], (values, types), 0))
 
@@ -89,7 +100,8 @@ def _map(matrix: Tensor, rows: int) -> Any:
 
 def _source(cut: Tiling) -> str:
     """The kernel's text, with the matrix unit's instruction for so many rows, which names all its registers."""
-    sizes = {"ROWS": cut.rows, "OUTS": cut.outs, "PARTS": cut.parts, "SLOTS": cut.slots, "DEEP": cut.deep}
+    sizes = {"ROWS": cut.rows, "OUTS": cut.outs, "HALVES": cut.halves, "PARTS": cut.parts}
+    sizes |= {"SLOTS": cut.slots, "DEEP": cut.deep}
     count = cut.rows // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(sum[{i}])' for i in range(count))

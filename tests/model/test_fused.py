@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spmd.build import build_scheduler
 from spmd.config import Config, ModelConfig, SchedulerConfig
+from spmd.model import fused
 from spmd.model.architecture import Architecture
 from spmd.model.build import build_stage
 from spmd.model.decoder import Decoder
@@ -140,6 +141,13 @@ def by_kind(found: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_logits(head_dim: int, window: int | None, qk_norm: bool, backend: str) -> None:
     compare(shape(head_dim, window, qk_norm), backend)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("flashinfer_graphs", marks=gpu)])
+def test_logits_of_wide_batches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that count as wide from the first row on."""
+    monkeypatch.setattr(fused, "WIDE", 1)
+    compare(shape(128, None, True), backend, block_size=64)
 
 
 @everywhere
