@@ -8,7 +8,18 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from spmd.config import AT_LEAST, CHOICES, Config, check, decode_rows, from_hydra, register_schema, warnings
+from spmd.config import (
+    AT_LEAST,
+    CHOICES,
+    Config,
+    SchedulerConfig,
+    check,
+    decode_buckets,
+    decode_rows,
+    from_hydra,
+    register_schema,
+    warnings,
+)
 from spmd.runtime import CONF
 
 
@@ -181,3 +192,11 @@ def test_decode_rows_are_an_equal_share_of_the_seats() -> None:
 def test_every_checked_key_exists() -> None:
     sections = {f.name for f in fields(Config) if is_dataclass(getattr(Config(), f.name))}
     assert {key.rpartition(".")[0] for key in [*CHOICES, *AT_LEAST]} <= sections | {""}
+
+
+def test_row_counts_of_a_gpu() -> None:
+    """By eights, then in steps of at most a quarter; a CPU pads nothing but to the whole batch."""
+    config = Config(scheduler=SchedulerConfig(max_num_seqs=256))
+    counts = sorted(decode_buckets(config, "cuda"))
+    assert counts == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]
+    assert decode_buckets(config, "cpu") == [256]
