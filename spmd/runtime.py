@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from spmd.agreement import ERROR, agree, facts
 from spmd.cluster import adopt_slurm
 from spmd.compose import CONF, USAGE, compose, tell
 from spmd.config import Config, check, warnings
+from spmd.io.held import cannot_write
 from spmd.parallel.groups import disconnect, join
 from spmd.parallel.guard import is_symptom
 from spmd.signals import STOPPED, Stop, listening, report
@@ -180,16 +182,26 @@ def _make_run_dir(config: Config) -> str:
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
     chosen = config.run_dir or f"runs/{os.environ.get('SLURM_JOB_ID', f'{started}-{os.getpid()}')}"
     logs = Path(chosen) / "logs"
-    if logs.exists():  # of an earlier attempt
-        attempts = (Path(chosen) / f"logs.{number}" for number in count(1))
-        logs.rename(next(path for path in attempts if not path.exists()))
-    logs.mkdir(parents=True)
-    (logs.parent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    with _writing(logs.parent):
+        if logs.exists():  # of an earlier attempt
+            attempts = (logs.parent / f"logs.{number}" for number in count(1))
+            logs.rename(next(path for path in attempts if not path.exists()))
+        logs.mkdir(parents=True)
+        (logs.parent / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     return chosen
 
 
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(cannot_write(f"run_dir={run_dir}", run_dir, error)) from error
+
+
 def _log_to(file: Path) -> None:
-    handler = logging.FileHandler(file)
+    with _writing(file.parent.parent):
+        handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -72,7 +72,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         (["shard=[-1,2]"], "shard=[-1, 2] must be null or two numbers"),
         (["shard=[1]"], "shard=[1] must be null or two numbers"),
         (["resume=maybe"], "resume=maybe is not one of auto, fresh, retry_errors"),
-        (["run_dir=in.jsonl"], "Not a directory: 'in.jsonl/logs'"),
+        (["run_dir=in.jsonl"], "run_dir=in.jsonl can't be written: Not a directory"),
         (["output=in.jsonl/out.jsonl"], "output=in.jsonl/out.jsonl can't be written: Not a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -123,9 +123,8 @@ def test_input_that_is_empty_or_not_readable(told: Told, tmp_path: Path) -> None
 
 
 def test_of_two_ranks_one_tells_and_torchrun_ends_both(tmp_path: Path) -> None:
-    """The world is too small; the checkpoint lacks a tensor of the second stage; one rank has another configuration."""
+    """The checkpoint lacks a tensor of the second stage; one rank has another configuration."""
     write_rows(tmp_path / "in.jsonl", [{"prompt": [1]}])
-    small = run(torchrun(2, "topology.pp=3", "model=demo", *FILES), tmp_path)
     write_checkpoint(tmp_path / "model", "Qwen3ForCausalLM")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]
@@ -136,7 +135,6 @@ def test_of_two_ranks_one_tells_and_torchrun_ends_both(tmp_path: Path) -> None:
     command = f"{sys.executable} {' '.join(differing[place:])} scheduler.max_num_seqs=$((16 + RANK))"
     differs = run([*differing[:place], "--no-python", "bash", "-c", f"exec {command}"], tmp_path)
     for done, message in (
-        (small, "error: topology.dp=1 x topology.pp=3 x topology.tp=1 needs 3 processes, torchrun started 2"),
         (lacking, "error: model lacks layers.3.mlp.up_proj.weight, which Qwen3ForCausalLM needs on stage 1"),
         (differs, "error: ranks disagree: scheduler.max_num_seqs is 17 on rank 1 ("),
     ):

@@ -3,6 +3,9 @@
 Each rank leaves a sign of life in torchrun's store once a beat, with what its recorder holds, and looks at that of the
 next rank. Whoever finds something wrong looks at more of them, and the first verdict ends the whole run: one rank
 prints it, all write it and their stacks to their logs. Signals to stop reach the leaders the same way.
+
+The store may be what is lost: rank 0 keeps it where there is no torchrun, else the first machine's torchrun does. Then
+each rank judges by what ranks' recorders hold and speaks for itself.
 """
 
 import faulthandler
@@ -25,7 +28,8 @@ from types import TracebackType
 import torch.distributed as dist
 
 from spmd.config import GuardConfig
-from spmd.parallel.recorder import Recorder, traced
+from spmd.parallel.motion import Motion
+from spmd.parallel.recorder import NONE, Recorder, Trace, traced
 from spmd.parallel.verdict import Sight, judge
 from spmd.schedule.trail import Diverged
 from spmd.signals import Stop, report
@@ -35,8 +39,8 @@ BEAT = 1.0  # seconds between signs of life, at most
 BEATS_TO_LOOK = 4  # for which a suspicion must last, and a rank's silence while it does
 WAITS = 0.6  # of the timeout until silence or stillness is suspicious; the rest is for looking and for telling
 STANDSTILL = 4.0  # timeouts until a run ends in which nobody is lost and nothing differs, but nothing moves either
-BUSY = 0.1  # of a beat, the processor time that makes a CPU rank one that computes
 FAILED, USAGE = 1, 2  # exit statuses: something broke; something the user can mend
+NOBODY = "never seen", "", 0  # the place of a rank that hasn't come yet
 log = logging.getLogger("spmd")
 
 
@@ -68,7 +72,8 @@ class Guard(threading.Thread):
         self.peer = (topology.rank + 1) % topology.world_size  # the rank that this one looks at
         self.recorder = Recorder(self._box(topology.rank))
         self.beats = 0
-        self.closing = threading.Event()
+        self.heard = time.monotonic()  # from the store, at the end of a round
+        self.closing, self.closed = threading.Event(), threading.Event()
         self.error: BaseException | None = None  # the loop's
         self.error_time = 0.0
         self.motion = Motion(self.recorder, computes)
@@ -83,6 +88,8 @@ class Guard(threading.Thread):
         self.store.set(f"who/{t.rank}", json.dumps([place, _machine(), os.getpid()]))
         self._sign()
         self.start()
+        if self.config.enabled:
+            threading.Thread(target=self._mind_the_store, name="guard's guard", daemon=True).start()
         return self
 
     def __exit__(
@@ -91,7 +98,9 @@ class Guard(threading.Thread):
         if error is None or not self.config.enabled:
             self.closing.set()
             self.join()
-            self._sign(done=True)
+            with suppress(dist.DistError):  # rank 0 has done all and ended, and the store with it
+                self._sign(done=True)
+            self.closed.set()
             return
         self.stop.gently = True  # torchrun ends those that a lost rank leaves behind; first let them say why
         log.error("the loop failed", exc_info=error)
@@ -106,11 +115,39 @@ class Guard(threading.Thread):
                 if self.config.enabled:
                     self._sign()
                     self._watch()
+                self.heard = time.monotonic()
+            except dist.DistError:
+                log.exception("the guard has lost the store")
+                if not self.closing.wait(BEATS_TO_LOOK * self.beat) and self.config.enabled:  # nor is the run over
+                    self._tell_of_the_store()
             except Exception as error:
                 log.exception("the guard failed")
                 if self.config.enabled:
                     said = str(error).split("\n")[0]
                     self._end(f"the guard of rank {self.topology.rank} failed: {said}", FAILED, (), self.topology.rank)
+
+    def _mind_the_store(self) -> None:
+        """A store whose keeper is stopped, or whose machine is gone, lets the guard wait for ever."""
+        looks = 0
+        while not self.closed.wait(self.beat):
+            silent, still = time.monotonic() - self.heard, self.motion.still()  # a loop that moves may come to its end
+            looks = looks + 1 if min(silent, still) > self.patience else 0
+            if looks > BEATS_TO_LOOK:
+                self._tell_of_the_store()
+
+    def _tell_of_the_store(self) -> None:
+        """End this rank: the store is lost. Its keeper is, unless ranks have drifted apart and that has killed it."""
+        silent, keeper = time.monotonic() - self.heard, () if _kept_by_torchrun() else (0,)
+        sights = [
+            Sight(rank, self.places.get(rank, NOBODY)[0], silent * (rank in keeper), 0.0, *self._recorded(rank))
+            for rank in sorted({*self._in_view(), *keeper})
+        ]
+        found = judge(sights, self.topology.replicas(), 0.0, math.inf)
+        told = (
+            f"torchrun on {os.environ['MASTER_ADDR']}, which keeps the ranks' store, gave no sign of life for "
+            f"{silent:.0f} s, at tick {self.recorder.tick}: killed, stopped, or its host is gone"
+        )
+        self._end(found.message if found else told, FAILED, keeper, self.topology.rank)
 
     def _relay(self) -> None:
         """Signals on any rank become known to all leaders."""
@@ -128,6 +165,8 @@ class Guard(threading.Thread):
         self.store.set(f"beat/{self.topology.rank}", sign)  # type: ignore[arg-type]  # bytes are taken as they are
 
     def _watch(self) -> None:
+        for rank in {0, *self._in_view()} - self.places.keys():
+            self._place(rank)  # as long as the store can tell
         if self.store.check(["alarm"]):
             self._end(**json.loads(self.store.get("alarm")))
         if self.error and not is_symptom(self.error):
@@ -163,14 +202,19 @@ class Guard(threading.Thread):
             self.seen[rank] = sign, now
         silent = now - self.seen[rank][1]
         if not sign:
-            return Sight(rank, "never seen", silent, 0.0)
+            return Sight(rank, NOBODY[0], silent, 0.0)
         _, still, done = array("q", sign[:24])
         tick, trace = traced(sign[24:])
         if silent > (BEATS_TO_LOOK - 1) * self.beat:  # what it did after its last sign of life
-            with suppress(OSError, IndexError):
-                last, more = traced(self._box(rank).read_bytes())
-                tick, trace = max(tick, last), trace | more
+            last, more = self._recorded(rank)
+            tick, trace = max(tick, last), trace | more
         return Sight(rank, self._place(rank)[0], silent, still / 1000, tick, trace, bool(done))
+
+    def _recorded(self, rank: int) -> tuple[int, Trace]:
+        """A rank's last tick and marks by its recorder, if that can be had."""
+        with suppress(OSError, IndexError):
+            return traced(self._box(rank).read_bytes())
+        return NONE, {}
 
     def _own_failure(self, error: BaseException) -> tuple[str, int, tuple[int, ...]]:
         """What to tell of an error of this rank's loop; that of a user needs no traceback."""
@@ -194,10 +238,10 @@ class Guard(threading.Thread):
         with suppress(OSError), open(self.logs / f"rank-{self.topology.rank}.log", "a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         with suppress(OSError, RuntimeError):
-            for place, machine, pid in map(self._place, lost):
+            for place, machine, pid in (self.places.get(rank, NOBODY) for rank in lost):
                 if place and machine == _machine() and pid != os.getpid():
                     os.kill(pid, signal.SIGKILL)
-        if self.topology.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self.topology.rank == 0 and not _kept_by_torchrun():
             time.sleep(3 * self.beat)  # the store ends with this rank: first let the others read why
         os._exit(status)
 
@@ -208,31 +252,13 @@ class Guard(threading.Thread):
         """Role, host and process for people; machine; process."""
         if rank not in self.places:
             if not self.store.check([f"who/{rank}"]):
-                return "never seen", "", 0
+                return NOBODY
             place, machine, pid = json.loads(self.store.get(f"who/{rank}"))
             self.places[rank] = place, machine, pid
         return self.places[rank]
 
     def _box(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.recorder"
-
-
-class Motion:
-    """For how long a loop has neither ended a tick nor, on a CPU, computed."""
-
-    def __init__(self, recorder: Recorder, computes: bool) -> None:
-        """To be made in the loop's thread."""
-        self.recorder = recorder
-        self.clock = time.pthread_getcpuclockid(threading.get_ident()) if computes else None
-        self.moved, self.tick, self.used = time.monotonic(), recorder.tick, 0.0
-
-    def still(self) -> float:
-        """Seconds, as far as seen by calls of this."""
-        now = time.monotonic()
-        used = time.clock_gettime(self.clock) if self.clock is not None else 0.0
-        if self.tick != self.recorder.tick or used - self.used > BUSY * BEAT:
-            self.moved, self.tick, self.used = now, self.recorder.tick, used
-        return now - self.moved
 
 
 def _store(timeout: float) -> dist.Store:
@@ -244,6 +270,11 @@ def _store(timeout: float) -> dist.Store:
     except dist.DistError as error:
         raise ValueError(f"the ranks' store at {host}:{port} can't be reached: {error}") from error
     return dist.PrefixStore(f"guard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _kept_by_torchrun() -> bool:
+    """Whether the store is torchrun's; else it is rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _machine() -> str:
