@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str], status: Path) -> int:
     with _quiet():
-        from torch.distributed import run
+        from torch.distributed import DistError, run
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous import RendezvousError
@@ -52,9 +52,10 @@ def _run(arguments: list[str], status: Path) -> int:
         return int(said or STOPPED)
     except ChildFailedError as failed:
         return _tell(failed.failures)
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         if signal.getsignal(signal.SIGTERM) is _stop:
-            print(f"error: {NODE} can't meet the other nodes: {error}", file=sys.stderr)
+            why = str(error.__cause__ or error).splitlines()[0]
+            print(f"error: {NODE} can't meet the other nodes: {why}", file=sys.stderr)
             return CRASH
         print(f"{NODE}: another node has ended, so have the ranks here", file=sys.stderr)
         return STOPPED  # why it did is for that node to say

@@ -23,6 +23,7 @@ from spmd.cluster import adopt_slurm
 from spmd.compose import CONF, USAGE, compose, tell
 from spmd.config import Config, check, warnings
 from spmd.io.held import cannot_write
+from spmd.io.wording import first_line
 from spmd.parallel.groups import disconnect, join
 from spmd.parallel.guard import is_symptom
 from spmd.signals import STOPPED, Stop, listening, report
@@ -92,7 +93,12 @@ def _agreed_config(rank: int) -> Config:
             raise
         found = {ERROR: str(error)}
     if joins:
-        join(config.guard.startup_timeout)
+        try:
+            join(config.guard.startup_timeout)
+        except dist.DistError as error:  # no mistake: another attempt has another port, or all nodes
+            at = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+            print(f"error: rank {rank} can't meet the others at {at}: {first_line(error)}", file=sys.stderr)
+            sys.exit(1)
         agree(found)
     return config
 

@@ -61,6 +61,14 @@ def run_here(*overrides: str) -> int:
             handler.close()
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; of one that has ended and that nobody waited for, the command line is empty."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except FileNotFoundError:
+        return False
+
+
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

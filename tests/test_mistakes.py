@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,20 @@ def test_of_two_ranks_one_tells_and_torchrun_ends_both(tmp_path: Path) -> None:
         told = re.findall("^error: .*", done.stderr, re.MULTILINE)
         assert len(told) == 1 and told[0].startswith(message)
         assert "spmd/" not in done.stderr, "a traceback of ours"
+
+
+def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of ranks that srun starts; such a job is queued again, and then has another port."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        assert run_here("topology=pp2", "model=demo", *FILES) == 1
+    [told] = re.findall("^error: .*", capfd.readouterr().err, re.MULTILINE)
+    assert told.startswith(f"error: rank 0 can't meet the others at 127.0.0.1:{port}: ") and "in use" in told
 
 
 def test_help_and_the_whole_config_without_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jobs import alive
+
 PROGRAMS = ("munged", "slurmctld", "slurmd")
 INSTALL = "export DEBIAN_FRONTEND=noninteractive; apt-get update && apt-get install -y --no-install-recommends "
 INSTALL += "slurm-wlm munge"
@@ -138,15 +140,7 @@ def _stop(root: Path) -> None:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
             pid = int((root / name).read_text())
             os.kill(pid, signal.SIGTERM)
-            until(lambda: not _alive(pid), "a daemon to end")  # noqa: B023
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process runs; of one that has ended and that nobody waited for, the command line is empty."""
-    try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except FileNotFoundError:
-        return False
+            until(lambda: not alive(pid), "a daemon to end")  # noqa: B023
 
 
 def until(there: Callable[[], bool], what: str, timeout: float = 300) -> None:
@@ -154,7 +148,7 @@ def until(there: Callable[[], bool], what: str, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not there():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
+        time.sleep(0.2)  # what is looked at often costs a process
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,7 +1,9 @@
 """How launch/torchrun.py ends, for each way in which ranks end; and that it says no more than is needed."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,9 +38,9 @@ time.sleep(60)
 """
 
 
-def start(folder: Path, does: str, *options: str) -> subprocess.Popen[str]:
+def start(folder: Path, does: str, *options: str, meeting: str = "--standalone") -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
-    torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone", "--nproc-per-node", "2", *options]
+    torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), meeting, "--nproc-per-node", "2", *options]
     env = {key: value for key, value in os.environ.items() if key != "SPMD_STATUS"} | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     command = [*torchrun, str(folder / "rank.py"), does]
@@ -48,18 +50,26 @@ def start(folder: Path, does: str, *options: str) -> subprocess.Popen[str]:
 def test_the_exit_code_is_the_ranks_and_only_a_crash_is_explained(tmp_path: Path) -> None:
     runs = {does: start(tmp_path, does) for does in ("finish", "mistake", "die")}
     runs |= {does: start(tmp_path, does, "--redirects", "3", "--tee", "0:3") for does in ("crash", "theirs")}
-    told = {does: run.communicate(timeout=100)[1].splitlines() for does, run in runs.items()}
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        runs["meet"] = start(tmp_path, "finish", meeting=f"--master-port={taken.getsockname()[1]}")
+        told = {does: run.communicate(timeout=100)[1].splitlines() for does, run in runs.items()}
     assert {does: run.returncode for does, run in runs.items()} == {
         "finish": 0,
         "mistake": 2,
         "die": 1,
         "crash": 1,
         "theirs": 2,
+        "meet": 1,
     }
     assert told["finish"] == []
     assert told["mistake"] == ["error: yours"]
     assert told["theirs"] == ["error: theirs"]
     assert len(told["die"]) == 1 and told["die"][0].startswith("error: rank 1 was killed by SIGSEGV (local rank 1 on ")
+    assert len(told["meet"]) == 1 and re.match(
+        "error: .* can't meet the other nodes: .*address .* in use", told["meet"][0]
+    )
     crash, log, mine = told["crash"]
     assert crash.startswith("error: rank 1 ended with exit code 1 (local rank 1 on ")
     assert log.startswith("the end of ") and log.endswith("/1/stderr.log:")
