@@ -40,7 +40,6 @@ BEATS_TO_LOOK = 4  # for which a suspicion must last, and a rank's silence while
 WAITS = 0.6  # of the timeout until silence or stillness is suspicious; the rest is for looking and for telling
 STANDSTILL = 4.0  # timeouts until a run ends in which nobody is lost and nothing differs, but nothing moves either
 FAILED, USAGE = 1, 2  # exit statuses: something broke; something the user can mend
-NOBODY = "never seen", "", 0  # the place of a rank that hasn't come yet
 log = logging.getLogger("spmd")
 
 
@@ -77,15 +76,16 @@ class Guard(threading.Thread):
         self.error: BaseException | None = None  # the loop's
         self.error_time = 0.0
         self.motion = Motion(self.recorder, computes)
-        self.places: dict[int, tuple[str, str, int]] = {}
+        self.places = [(str(topology), "", 0)] * topology.world_size  # role, host and process; machine; process
         self.seen: dict[int, tuple[bytes, float]] = {}  # of ranks: the latest sign of life, and when it was new
         self.looking_since = 0.0  # 0: nothing is suspicious
         self.relayed = False
 
     def __enter__(self) -> "Guard":
+        """Every rank must come in."""
         t = self.topology
         place = f"{t}, {socket.gethostname()}, pid {os.getpid()}"
-        self.store.set(f"who/{t.rank}", json.dumps([place, _machine(), os.getpid()]))
+        dist.all_gather_object(self.places, (place, _machine(), os.getpid()))
         self._sign()
         self.start()
         if self.config.enabled:
@@ -139,7 +139,7 @@ class Guard(threading.Thread):
         """End this rank: the store is lost. Its keeper is, unless ranks have drifted apart and that has killed it."""
         silent, keeper = time.monotonic() - self.heard, () if _kept_by_torchrun() else (0,)
         sights = [
-            Sight(rank, self.places.get(rank, NOBODY)[0], silent * (rank in keeper), 0.0, *self._recorded(rank))
+            Sight(rank, self.places[rank][0], silent * (rank in keeper), 0.0, *self._recorded(rank))
             for rank in sorted({*self._in_view(), *keeper})
         ]
         found = judge(sights, self.topology.replicas(), 0.0, math.inf)
@@ -165,8 +165,6 @@ class Guard(threading.Thread):
         self.store.set(f"beat/{self.topology.rank}", sign)  # type: ignore[arg-type]  # bytes are taken as they are
 
     def _watch(self) -> None:
-        for rank in {0, *self._in_view()} - self.places.keys():
-            self._place(rank)  # as long as the store can tell
         if self.store.check(["alarm"]):
             self._end(**json.loads(self.store.get("alarm")))
         if self.error and not is_symptom(self.error):
@@ -202,13 +200,13 @@ class Guard(threading.Thread):
             self.seen[rank] = sign, now
         silent = now - self.seen[rank][1]
         if not sign:
-            return Sight(rank, NOBODY[0], silent, 0.0)
+            return Sight(rank, self.places[rank][0], silent, 0.0)
         _, still, done = array("q", sign[:24])
         tick, trace = traced(sign[24:])
         if silent > (BEATS_TO_LOOK - 1) * self.beat:  # what it did after its last sign of life
             last, more = self._recorded(rank)
             tick, trace = max(tick, last), trace | more
-        return Sight(rank, self._place(rank)[0], silent, still / 1000, tick, trace, bool(done))
+        return Sight(rank, self.places[rank][0], silent, still / 1000, tick, trace, bool(done))
 
     def _recorded(self, rank: int) -> tuple[int, Trace]:
         """A rank's last tick and marks by its recorder, if that can be had."""
@@ -238,24 +236,15 @@ class Guard(threading.Thread):
         with suppress(OSError), open(self.logs / f"rank-{self.topology.rank}.log", "a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         with suppress(OSError, RuntimeError):
-            for place, machine, pid in (self.places.get(rank, NOBODY) for rank in lost):
-                if place and machine == _machine() and pid != os.getpid():
+            for _, machine, pid in (self.places[rank] for rank in lost):
+                if machine == _machine() and pid != os.getpid():
                     os.kill(pid, signal.SIGKILL)
         if self.topology.rank == 0 and not _kept_by_torchrun():
             time.sleep(3 * self.beat)  # the store ends with this rank: first let the others read why
         os._exit(status)
 
     def _who(self, rank: int) -> str:
-        return f"rank {rank} ({self._place(rank)[0]})"
-
-    def _place(self, rank: int) -> tuple[str, str, int]:
-        """Role, host and process for people; machine; process."""
-        if rank not in self.places:
-            if not self.store.check([f"who/{rank}"]):
-                return NOBODY
-            place, machine, pid = json.loads(self.store.get(f"who/{rank}"))
-            self.places[rank] = place, machine, pid
-        return self.places[rank]
+        return f"rank {rank} ({self.places[rank][0]})"
 
     def _box(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.recorder"
