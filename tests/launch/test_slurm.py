@@ -16,7 +16,7 @@ from slurm_cluster import Cluster, cluster, missing, until
 from spmd.demo import prompts
 
 ROWS = 1200
-DEMO = "model=demo device=cpu sampling.max_tokens=8 sampling.temperature=0 progress=false scheduler.max_num_seqs=16"
+DEMO = "model=demo device=cpu sampling.max_tokens=8 sampling.temperature=0 progress=false scheduler.max_num_seqs=4"
 # Stands for the ranks' Python: rank 1 ends as the job is to show, the others wait until they are ended.
 STAND_IN = f"""#!/usr/bin/env bash
 [ "$1" = -m ] || exec {sys.executable} "$@"
