@@ -31,6 +31,7 @@ from spmd.topology import Topology
 
 T = TypeVar("T")
 log = logging.getLogger("spmd")
+log.addHandler(logging.NullHandler())  # until there is a run directory; Python would write errors to the terminal
 AFTER_ANOTHER = 5.0  # seconds in which torchrun ends a rank whose peer has ended, before it complains of that itself
 
 
