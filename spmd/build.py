@@ -13,16 +13,8 @@ import torch.distributed as dist
 
 from spmd import STARTED
 from spmd.agreement import host
-from spmd.config import (
-    Config,
-    block_size,
-    decode_buckets,
-    decode_rows,
-    lookahead,
-    max_num_batched_tokens,
-    prefill_min,
-    prefill_spread,
-)
+from spmd.config import Config, decode_rows
+from spmd.defaults import block_size, decode_buckets, lookahead, max_num_batched_tokens, prefill_min, prefill_spread
 from spmd.engine import Engine
 from spmd.io.source import Source
 from spmd.leader import Leader

@@ -16,15 +16,8 @@ import torch
 
 from spmd.build import model_shape
 from spmd.compose import CONF, USAGE, compose, tell
-from spmd.config import (
-    Config,
-    block_size,
-    check,
-    decode_buckets,
-    decode_rows,
-    max_num_batched_tokens,
-    warnings,
-)
+from spmd.config import Config, check, decode_rows, warnings
+from spmd.defaults import block_size, decode_buckets, max_num_batched_tokens
 from spmd.io.places import Places, shard_output
 from spmd.io.reader import Reader
 from spmd.io.rows import BadRow, RowParser

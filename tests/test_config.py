@@ -14,12 +14,12 @@ from spmd.config import (
     Config,
     SchedulerConfig,
     check,
-    decode_buckets,
     decode_rows,
     from_hydra,
     register_schema,
     warnings,
 )
+from spmd.defaults import decode_buckets
 from spmd.runtime import CONF
 
 

@@ -5,7 +5,8 @@ an allocator loses. On CPUs the peak of real forwards lies within it and above h
 it is the same sum for the kernels used there.
 """
 
-from spmd.config import Config, decode_buckets, max_num_batched_tokens
+from spmd.config import Config
+from spmd.defaults import decode_buckets, max_num_batched_tokens
 from spmd.model.architecture import Architecture
 from spmd.model.attention import QUERY_TILE
 from spmd.model.fused import WORKSPACE_BYTES

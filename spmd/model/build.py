@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from spmd.config import Config, block_size, decode_buckets, decode_rows, lookahead, max_num_batched_tokens
+from spmd.config import Config, decode_rows
+from spmd.defaults import block_size, decode_buckets, lookahead, max_num_batched_tokens
 from spmd.model.architecture import Architecture
 from spmd.model.backend import Backend, TorchBackend
 from spmd.model.checkpoint import load

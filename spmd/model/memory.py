@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from spmd.config import Config, block_size
+from spmd.config import Config
+from spmd.defaults import block_size
 from spmd.model.activations import activation_bytes
 from spmd.model.architecture import Architecture, check_topology
 from spmd.model.build import CPU_CACHE_BYTES, max_model_len, stages
