@@ -8,8 +8,8 @@ as stages and replicas run side by side):
 - Every request holds a seat from its first token to its last and gets one token a turn of the ring. So decode takes at
   least as many turns as all output tokens fill seats, and at least as many as the longest output has tokens.
 - In a turn every stage runs pp micro-batches, each of which reads the stage's weights once: all but the embedding,
-  which is a lookup; of experts those that the rows of a micro-batch touch. Where so many rows make their products
-  slower than that read, the products count.
+  which is a lookup; of experts those that the rows of a micro-batch touch, with `ep` a share of those that all
+  replicas' rows do. Where so many rows make their products slower than that read, the products count.
 - At every decode step a request's whole cache is read, as far as a layer's window goes.
 
 These times add up: kernels run one after the other. Not counted: activations, sampling, communication, the host.
@@ -88,7 +88,8 @@ def _work(config: Config, arch: Architecture, stage: range, rows: Rows, turns: f
     pp, tp = config.topology.pp, config.topology.tp
     prompt, decoded = sum(tokens for tokens, _ in rows), sum(output - 1 for _, output in rows)
     head = head_params(arch) if arch.num_layers - 1 in stage else 0
-    touched = touched_experts(arch, decoded / (turns * pp)) if turns else 0.0
+    sharing = config.topology.dp if config.topology.ep else 1  # replicas that share the experts of all their rows
+    touched = touched_experts(arch, sharing * decoded / (turns * pp)) / sharing if turns else 0.0
     read = sum(layer_params(arch, layer, touched) for layer in stage) + head
     used = sum(layer_params(arch, layer, arch.experts_per_token) for layer in stage)
     attention = 4 * arch.num_heads * arch.head_dim  # operations of one query with one key and value

@@ -24,7 +24,7 @@ from spmd.model.weights import linear
 from spmd.model.wide import WideDecode
 
 WORKSPACE_BYTES = 384 * 2**20  # partial results of attention over split key ranges
-WIDE = 512  # rows times KV heads from which on FlashAttention 2 is no slower than XQA: two waves of thread blocks
+WIDE = 256  # rows times KV heads from which on FlashAttention 2 is no slower than XQA: one wave of thread blocks
 HEAD_DIMS = (64, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 CAPABILITY = (9, 0)  # XQA: Hopper and later

@@ -27,7 +27,7 @@ def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     if rows:
         _add_norm[(rows,)](
             x, total, normed, weight, eps, size, triton.next_power_of_2(size), residual is not None, x.is_cuda,
-            num_warps=8, **_launch(x),
+            num_warps=8, **launch(x),
         )  # fmt: skip
     return normed, total
 
@@ -38,7 +38,7 @@ def gated(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(rows, inner)
     if rows:
         grid = (rows, triton.cdiv(inner, GATED_AT_ONCE))
-        _gated[grid](gate_up, out, inner, GATED_AT_ONCE, gate_up.is_cuda, num_warps=8, **_launch(gate_up))
+        _gated[grid](gate_up, out, inner, GATED_AT_ONCE, gate_up.is_cuda, num_warps=8, **launch(gate_up))
     return out
 
 
@@ -74,7 +74,7 @@ def norm_rope_append(
     _norm_rope_append[(rows, (heads + 2 * kv_heads) // at_once)](
         qkv, q_weight, k_weight, cos, sin, slots, queries, keys, values,
         eps, heads, kv_heads, head_dim, block_size, at_once, norms is not None, qkv.is_cuda,
-        num_warps=max(1, at_once // 2), **_launch(qkv),
+        num_warps=max(1, at_once // 2), **launch(qkv),
     )  # fmt: skip
     return queries
 
@@ -97,13 +97,13 @@ def pack_tables(
     )
 
 
-def _launch(x: Tensor) -> dict[str, Any]:
+def launch(x: Tensor) -> dict[str, Any]:
     """How to start early; Triton's interpreter knows nothing of that."""
     return {"launch_pdl": True} if x.is_cuda else {}
 
 
 @triton.jit
-def _wait(early: tl.constexpr):
+def wait(early: tl.constexpr):
     if early:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -117,7 +117,7 @@ def _add_norm(
     column = tl.arange(0, width)
     inside = column < size
     at = tl.program_id(0).to(tl.int64) * size + column
-    _wait(early)
+    wait(early)
     row = tl.load(x + at, inside, 0).to(tl.float32)
     if added:
         row += tl.load(total + at, inside, 0).to(tl.float32)
@@ -132,7 +132,7 @@ def _gated(gate_up, out, inner: tl.constexpr, at_once: tl.constexpr, early: tl.c
     column = tl.program_id(1) * at_once + tl.arange(0, at_once)
     inside = column < inner
     source = gate_up + row * 2 * inner + column
-    _wait(early)
+    wait(early)
     gate, up = tl.load(source, inside, 0).to(tl.float32), tl.load(source + inner, inside, 0).to(tl.float32)
     tl.store(out + row * inner + column, gate / (1 + tl.exp(-gate)) * up, inside)
 
@@ -163,7 +163,7 @@ def _norm_rope_append(
     heads: tl.constexpr, kv_heads: tl.constexpr, head_dim: tl.constexpr, block_size: tl.constexpr,
     at_once: tl.constexpr, normed: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    _wait(early)
+    wait(early)
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * at_once
     head = first + tl.arange(0, at_once)[:, None]

@@ -60,6 +60,12 @@ class Router(Weights):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Routed(x, weights.to(x.dtype), experts)
 
+    def by_kernel(self, x: Tensor, rows: int) -> Tensor:
+        """The same, packed, in bfloat16 on a GPU; padded to `rows` rows that are nobody's."""
+        from spmd.model.mixture import choose
+
+        return choose(x, F.linear(x, self.weight), rows, self.top_k, self.normalize)
+
     def pieces(self, own: str) -> Iterator[Piece]:
         yield whole(f"{own}.weight", self.weight)
 
@@ -87,15 +93,6 @@ class Experts(Weights):
         if len(self.owned) < self.num_experts:  # counted from the first own one; others', and nobody's, come behind
             experts = (experts - self.owned.start).remainder(self.num_experts + 1)
         chosen, order = experts.flatten().sort(stable=True)
-        run = self._grouped if x.is_cuda and x.dtype == torch.bfloat16 else self._one_by_one
-        outputs = run(x, chosen, order, top_k, backend)
-        return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
-
-    def _one_by_one(self, x: Tensor, chosen: Tensor, order: Tensor, top_k: int, backend: Backend) -> Tensor:
-        """Outputs `[T * top_k, hidden]` of each token's experts, zero of those that aren't here.
-
-        `chosen` are the experts in rising order, `order` the places they stood at, both `[T * top_k]`.
-        """
         counts = chosen.bincount(minlength=len(self.owned))[: len(self.owned)].tolist()
         outputs = x.new_zeros(len(order), x.shape[1])
         here = order[: sum(counts)]
@@ -103,22 +100,14 @@ class Experts(Weights):
             if len(part):
                 inner = backend.gated(linear(part, self.gate_up_proj[expert]))
                 outputs[places] = linear(inner, self.down_proj[expert])
-        return outputs
+        return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
-    def _grouped(self, x: Tensor, chosen: Tensor, order: Tensor, top_k: int, backend: Backend) -> Tensor:
-        """The same in one product for all experts, whose rows end where `ends` says: the host need not know."""
+    def by_kernels(self, packed: Tensor, top_k: int) -> Tensor:
+        """The same of `Routed.packed` in bfloat16 on a GPU; the host need not know how many tokens an expert gets."""
+        from spmd.model.mixture import mix
+
         assert isinstance(self.gate_up_proj, Tensor) and isinstance(self.down_proj, Tensor)
-        numbers = torch.arange(len(self.owned), dtype=chosen.dtype, device=chosen.device)
-        ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
-        inner = backend.gated(F.grouped_mm(x[order // top_k], self.gate_up_proj.transpose(1, 2), offs=ends))
-        found = F.grouped_mm(inner, self.down_proj.transpose(1, 2), offs=ends)
-        if len(self.owned) == self.num_experts:
-            outputs = torch.empty_like(found)
-            outputs[order] = found
-            return outputs
-        outputs = x.new_zeros(len(order) + 1, x.shape[1])  # behind the last own expert's rows lies anything: it goes
-        outputs[order.masked_fill(chosen >= len(self.owned), len(order))] = found  # to one row that nobody reads
-        return outputs[:-1]
+        return mix(packed, top_k, self.owned.start, self.gate_up_proj, self.down_proj)
 
     def pieces(self, own: str) -> Iterator[Piece]:
         """One tensor an expert and projection, as checkpoints have it."""
@@ -154,9 +143,12 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor:
         """`[T, hidden]` both; where replicas share the experts, each of them must give the same `shared_rows` >= T."""
-        routed = self.gate(x)
-        if self.ep.group is not None:
-            assert shared_rows is not None, "replicas that share experts must agree on their rows"
-            routed = Routed.unpacked(self.ep.gather(routed.packed(), shared_rows), self.gate.top_k)
-        sums = self.ep.scatter_sum(self.experts(routed, backend))
-        return self.tp.all_reduce(sums[: len(x)])
+        rows = len(x) if self.ep.group is None else shared_rows
+        assert rows is not None, "replicas that share experts must agree on their rows"
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            packed = self.ep.gather(self.gate.by_kernel(x, rows), rows)
+            sums = self.experts.by_kernels(packed, self.gate.top_k)
+        else:
+            packed = self.ep.gather(self.gate(x).packed(), rows)
+            sums = self.experts(Routed.unpacked(packed, self.gate.top_k), backend)
+        return self.tp.all_reduce(self.ep.scatter_sum(sums)[: len(x)])

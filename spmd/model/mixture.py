@@ -1,0 +1,252 @@
+"""Triton kernels for a layer's experts in bfloat16 on GPUs: who goes where, products of few rows, sums.
+
+torch's `grouped_mm` does the products of many rows well; of a decode batch's few, about eight an expert, it reads the
+weights at two thirds of the memory's rate, and the small steps around it take as long again. Here a decode batch takes
+four launches a layer and a prompt's chunk nothing that goes over rows of others' experts.
+
+Experts are counted from 1 in what travels between ranks: 0 is nobody's. `first` is the number before this rank's first.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spmd.model.kernels import launch, wait
+
+FEW = 256  # tokens up to which an expert's rows are few, so that reading its weights is what takes time
+ROWS = 16  # of a block: most experts' share of a decode batch; those with more take further turns
+GATE_UP = DOWN = (64, 128, 4, 3)  # weight rows and columns of a block, warps, steps in flight
+COLUMNS = 2048  # of a row copied or summed at once
+
+
+def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool) -> Tensor:
+    """The tokens and where they go, ready to travel: see `spmd.model.moe.Routed.packed`.
+
+    `x` `[T, hidden]` and `logits` `[T, experts]`, of two bytes a number; returns `[rows, hidden + 2 * top_k]`, of which those
+    behind the T-th are nobody's.
+    """
+    tokens, hidden = x.shape
+    count = logits.shape[1]
+    packed = x.new_empty(rows, hidden + 2 * top_k)
+    _choose[(rows,)](
+        x, logits, packed, packed.view(torch.int16), tokens, hidden, count, top_k, normalize,
+        triton.next_power_of_2(hidden), triton.next_power_of_2(count), x.is_cuda, num_warps=4, **launch(x),
+    )  # fmt: skip
+    return packed
+
+
+def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) -> Tensor:
+    """This rank's share of the weighted sum of each token's experts, `[T, hidden]`.
+
+    Args:
+        packed: `[T, hidden + 2 * top_k]`, see `choose`.
+        gate_up: `[own experts, 2 * inner, hidden]`.
+        down: `[own experts, hidden, inner]`.
+    """
+    tokens, hidden = len(packed), down.shape[1]
+    run = _few if tokens <= FEW else _many
+    found, places = run(packed, top_k, first, gate_up, down)
+    out = packed.new_empty(tokens, hidden)
+    _sum[(tokens, triton.cdiv(hidden, COLUMNS))](
+        found, places, packed, packed.view(torch.int16), out, packed.stride(0),
+        hidden, top_k, first, len(down), places is not None, COLUMNS, out.is_cuda, num_warps=4, **launch(out),
+    )  # fmt: skip
+    return out
+
+
+def _few(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, None]:
+    """Outputs `[T * top_k, hidden]` of each token's experts, in their order; undefined where they aren't here."""
+    tokens, stride = packed.shape
+    own, hidden, inner = down.shape
+    pairs = tokens * top_k
+    table = torch.empty(own, tokens, dtype=torch.int32, device=packed.device)
+    counts = torch.empty(own, dtype=torch.int32, device=packed.device)
+    _list[(own,)](
+        packed.view(torch.int16), table, counts, tokens, stride, hidden, top_k, first,
+        triton.next_power_of_2(pairs), packed.is_cuda, num_warps=4, **launch(packed),
+    )  # fmt: skip
+    middle, found = packed.new_empty(pairs, inner), packed.new_empty(pairs, hidden)
+    outs, deep, warps, stages = GATE_UP
+    _gate_up[(triton.cdiv(inner, outs), own)](
+        packed, gate_up, middle, table, counts, tokens, stride, hidden, inner, top_k, ROWS, outs, deep,
+        packed.is_cuda, num_warps=warps, num_stages=stages, **launch(packed),
+    )  # fmt: skip
+    outs, deep, warps, stages = DOWN
+    _down[(triton.cdiv(hidden, outs), own)](
+        middle, down, found, table, counts, tokens, hidden, inner, ROWS, outs, deep,
+        packed.is_cuda, num_warps=warps, num_stages=stages, **launch(packed),
+    )  # fmt: skip
+    return found, None
+
+
+def _many(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs, expert after expert, and in which place those of each token are, `[T * top_k]`.
+
+    The host need not know how many rows an expert gets: the products read where they end.
+    """
+    own, hidden, inner = down.shape
+    numbers = packed.view(torch.int16)[:, -top_k:]
+    chosen, order = ((numbers.flatten() - (first + 1)) & 0x7FFF).sort(stable=True)  # others' come behind
+    wanted = torch.arange(own, dtype=chosen.dtype, device=packed.device)
+    ends = torch.searchsorted(chosen, wanted, right=True, out_int32=True)
+    places = torch.empty(len(order), dtype=torch.int32, device=packed.device)
+    x = packed.new_empty(len(order), hidden)
+    _gather[(len(order),)](
+        packed, order, ends, x, places, packed.stride(0), own, hidden, top_k, COLUMNS, num_warps=4
+    )  # fmt: skip
+    both = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
+    del x  # each of these is as large as all that a chunk needs elsewhere
+    middle = packed.new_empty(len(order), inner)
+    _silu[(len(order),)](both, ends, middle, own, inner, triton.next_power_of_2(inner), num_warps=4)
+    del both
+    return F.grouped_mm(middle, down.transpose(1, 2), offs=ends), places
+
+
+@triton.jit
+def _choose(
+    x, logits, packed, numbers, tokens,
+    hidden: tl.constexpr, count: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr,
+    width: tl.constexpr, experts: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    wait(early)
+    row = tl.program_id(0).to(tl.int64)
+    here = (row < tokens).to(tl.int32)  # nobody's rows are zeros
+    column, expert = tl.arange(0, width), tl.arange(0, experts)
+    target = row * (hidden + 2 * top_k)
+    tl.store(packed + target + column, tl.load(x + row * hidden + column, column < hidden * here, 0), column < hidden)
+    logit = tl.load(logits + row * count + expert, expert < count * here, 0).to(tl.float32)
+    logit = tl.where(expert < count, logit, -float("inf"))
+    power = tl.exp(logit - tl.max(logit, 0))
+    left, total = power, tl.sum(power, 0)
+    if normalize:
+        total = 0.0
+        for _ in tl.static_range(top_k):
+            best = tl.max(left, 0)
+            total += best
+            left = tl.where(expert == tl.argmax(left, 0), -1.0, left)
+    left = power
+    for k in tl.static_range(top_k):
+        index = tl.argmax(left, 0)
+        tl.store(packed + target + hidden + k, tl.max(left, 0) / total)
+        tl.store(numbers + target + hidden + top_k + k, ((index + 1) * here).to(tl.int16))
+        left = tl.where(expert == index, -1.0, left)
+
+
+@triton.jit
+def _list(
+    numbers, table, counts, tokens, stride,
+    hidden: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, width: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """The pairs of token and choice that went to each own expert, in their order."""
+    wait(early)
+    own = tl.program_id(0)
+    pair = tl.arange(0, width)
+    source = numbers + (pair // top_k) * stride + hidden + top_k + pair % top_k
+    mine = tl.load(source, pair < tokens * top_k, 0) == first + own + 1
+    place = tl.cumsum(mine.to(tl.int32), 0) - 1
+    tl.store(table + own * tokens + place, pair, mine)
+    tl.store(counts + own, tl.sum(mine.to(tl.int32), 0))
+
+
+@triton.jit
+def _gate_up(
+    x, weights, out, table, counts, tokens, stride,
+    hidden: tl.constexpr, inner: tl.constexpr, top_k: tl.constexpr,
+    rows: tl.constexpr, outs: tl.constexpr, deep: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up of each pair's expert, `[pairs, inner]`; weight rows take the place of the product's rows."""
+    wait(early)
+    own = tl.program_id(1)
+    count = tl.load(counts + own)
+    n, k = tl.program_id(0) * outs + tl.arange(0, outs), tl.arange(0, deep)
+    gates = weights + (own.to(tl.int64) * 2 * inner + n)[:, None] * hidden + k[None, :]
+    ups = gates + inner * hidden
+    known = (n < inner)[:, None]
+    for start in range(0, count, rows):
+        row = start + tl.arange(0, rows)
+        pair = tl.load(table + own * tokens + row, row < count, 0)
+        source = x + (pair // top_k)[None, :] * stride + k[:, None]
+        gate = tl.zeros([outs, rows], tl.float32)
+        up = tl.zeros([outs, rows], tl.float32)
+        for c in range(0, hidden, deep):
+            inside = k + c < hidden
+            some = tl.load(source + c, inside[:, None] & (row < count)[None, :], 0)
+            gate = tl.dot(tl.load(gates + c, known & inside[None, :], 0), some, gate)
+            up = tl.dot(tl.load(ups + c, known & inside[None, :], 0), some, up)
+        value = gate / (1 + tl.exp(-gate)) * up
+        target = out + pair[None, :] * inner + n[:, None]
+        tl.store(target, value.to(out.dtype.element_ty), known & (row < count)[None, :])
+
+
+@triton.jit
+def _down(
+    x, weights, out, table, counts, tokens,
+    hidden: tl.constexpr, inner: tl.constexpr,
+    rows: tl.constexpr, outs: tl.constexpr, deep: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    wait(early)
+    own = tl.program_id(1)
+    count = tl.load(counts + own)
+    n, k = tl.program_id(0) * outs + tl.arange(0, outs), tl.arange(0, deep)
+    weight = weights + (own.to(tl.int64) * hidden + n)[:, None] * inner + k[None, :]
+    known = (n < hidden)[:, None]
+    for start in range(0, count, rows):
+        row = start + tl.arange(0, rows)
+        pair = tl.load(table + own * tokens + row, row < count, 0)
+        source = x + pair[None, :] * inner + k[:, None]
+        total = tl.zeros([outs, rows], tl.float32)
+        for c in range(0, inner, deep):
+            inside = k + c < inner
+            some = tl.load(source + c, inside[:, None] & (row < count)[None, :], 0)
+            total = tl.dot(tl.load(weight + c, known & inside[None, :], 0), some, total)
+        target = out + pair[None, :] * hidden + n[:, None]
+        tl.store(target, total.to(out.dtype.element_ty), known & (row < count)[None, :])
+
+
+@triton.jit
+def _gather(
+    packed, order, ends, out, places, stride,
+    own: tl.constexpr, hidden: tl.constexpr, top_k: tl.constexpr, at_once: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + place)
+    tl.store(places + pair, place.to(tl.int32))
+    if place < tl.load(ends + own - 1):
+        for start in tl.static_range(0, hidden, at_once):
+            column = start + tl.arange(0, at_once)
+            row = tl.load(packed + (pair // top_k) * stride + column, column < hidden, 0)
+            tl.store(out + place * hidden + column, row, column < hidden)
+
+
+@triton.jit
+def _silu(both, ends, out, own: tl.constexpr, inner: tl.constexpr, width: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    if place < tl.load(ends + own - 1):
+        column = tl.arange(0, width)
+        inside = column < inner
+        gate = tl.load(both + place * 2 * inner + column, inside, 0).to(tl.float32)
+        up = tl.load(both + place * 2 * inner + inner + column, inside, 0).to(tl.float32)
+        tl.store(out + place * inner + column, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _sum(
+    found, places, packed, numbers, out, stride,
+    hidden: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, own: tl.constexpr,
+    ordered: tl.constexpr, at_once: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    wait(early)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * at_once + tl.arange(0, at_once)
+    total = tl.zeros([at_once], tl.float32)
+    for k in tl.static_range(top_k):
+        number = tl.load(numbers + row * stride + hidden + top_k + k)
+        here = ((number > first) & (number <= first + own)).to(tl.int32)
+        place = row * top_k + k
+        if ordered:
+            place = tl.load(places + place).to(tl.int64)
+        weight = tl.load(packed + row * stride + hidden + k).to(tl.float32)
+        total += weight * tl.load(found + place * hidden + column, column < hidden * here, 0).to(tl.float32)
+    tl.store(out + row * hidden + column, total.to(out.dtype.element_ty), column < hidden)
