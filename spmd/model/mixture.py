@@ -24,8 +24,8 @@ COLUMNS = 2048  # of a row copied or summed at once
 def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool) -> Tensor:
     """The tokens and where they go, ready to travel: see `spmd.model.moe.Routed.packed`.
 
-    `x` `[T, hidden]` and `logits` `[T, experts]`, of two bytes a number; returns `[rows, hidden + 2 * top_k]`, of which those
-    behind the T-th are nobody's.
+    `x` `[T, hidden]` and `logits` `[T, experts]`, of two bytes a number; returns `[rows, hidden + 2 * top_k]`, of which
+    those behind the T-th are nobody's.
     """
     tokens, hidden = x.shape
     count = logits.shape[1]
