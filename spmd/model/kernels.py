@@ -32,13 +32,16 @@ def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     return normed, total
 
 
-def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of `[T, 2 * inner]`, contiguous."""
+def gated(gate_up: Tensor, known: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of `[T, 2 * inner]`, contiguous; only of the first `known` rows (int32 `[1]`), if it is given."""
     rows, inner = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     if rows:
         grid = (rows, triton.cdiv(inner, GATED_AT_ONCE))
-        _gated[grid](gate_up, out, inner, GATED_AT_ONCE, gate_up.is_cuda, num_warps=8, **launch(gate_up))
+        _gated[grid](
+            gate_up, out, known, inner, GATED_AT_ONCE, known is not None, gate_up.is_cuda,
+            num_warps=8, **launch(gate_up),
+        )  # fmt: skip
     return out
 
 
@@ -127,12 +130,17 @@ def _add_norm(
 
 
 @triton.jit
-def _gated(gate_up, out, inner: tl.constexpr, at_once: tl.constexpr, early: tl.constexpr):
+def _gated(
+    gate_up, out, known,
+    inner: tl.constexpr, at_once: tl.constexpr, limited: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * at_once + tl.arange(0, at_once)
     inside = column < inner
     source = gate_up + row * 2 * inner + column
     wait(early)
+    if limited:
+        inside = column < tl.where(row < tl.load(known), inner, 0)
     gate, up = tl.load(source, inside, 0).to(tl.float32), tl.load(source + inner, inside, 0).to(tl.float32)
     tl.store(out + row * inner + column, gate / (1 + tl.exp(-gate)) * up, inside)
 

@@ -1,8 +1,8 @@
 """Triton kernels for a layer's experts in bfloat16 on GPUs: who goes where, products of few rows, sums.
 
 torch's `grouped_mm` does the products of many rows well; of a decode batch's few, about eight an expert, it reads the
-weights at two thirds of the memory's rate, and the small steps around it take as long again. Here a decode batch takes
-four launches a layer and a prompt's chunk nothing that goes over rows of others' experts.
+weights at two thirds of the memory's rate, and the small steps around it take nearly as long again. Here a decode
+batch takes five launches a layer; of a prompt's chunk, rows for other ranks' experts are neither copied nor computed.
 
 Experts are counted from 1 in what travels between ranks: 0 is nobody's. `first` is the number before this rank's first.
 """
@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spmd.model.kernels import launch, wait
+from spmd.model.kernels import gated, launch, wait
 
 FEW = 256  # tokens up to which an expert's rows are few, so that reading its weights is what takes time
 ROWS = 16  # of a block: most experts' share of a decode batch; those with more take further turns
-GATE_UP = DOWN = (64, 128, 4, 3)  # weight rows and columns of a block, warps, steps in flight
+OUTS, DEEP, STAGES = 64, 128, 3  # weight rows of a block, its columns of a step, steps in flight
 COLUMNS = 2048  # of a row copied or summed at once
 
 
@@ -68,16 +68,12 @@ def _few(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) 
         triton.next_power_of_2(pairs), packed.is_cuda, num_warps=4, **launch(packed),
     )  # fmt: skip
     middle, found = packed.new_empty(pairs, inner), packed.new_empty(pairs, hidden)
-    outs, deep, warps, stages = GATE_UP
-    _gate_up[(triton.cdiv(inner, outs), own)](
-        packed, gate_up, middle, table, counts, tokens, stride, hidden, inner, top_k, ROWS, outs, deep,
-        packed.is_cuda, num_warps=warps, num_stages=stages, **launch(packed),
-    )  # fmt: skip
-    outs, deep, warps, stages = DOWN
-    _down[(triton.cdiv(hidden, outs), own)](
-        middle, down, found, table, counts, tokens, hidden, inner, ROWS, outs, deep,
-        packed.is_cuda, num_warps=warps, num_stages=stages, **launch(packed),
-    )  # fmt: skip
+    for x, each, weight, halves, out in ((packed, top_k, gate_up, 2, middle), (middle, 1, down, 1, found)):
+        size = out.shape[1]
+        _product[(triton.cdiv(size, OUTS), own)](
+            x, weight, out, table, counts, tokens, x.stride(0), size, weight.shape[2], each, halves, ROWS, OUTS, DEEP,
+            x.is_cuda, num_warps=4, num_stages=STAGES, **launch(x),
+        )  # fmt: skip
     return found, None
 
 
@@ -86,7 +82,7 @@ def _many(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor)
 
     The host need not know how many rows an expert gets: the products read where they end.
     """
-    own, hidden, inner = down.shape
+    own, hidden = down.shape[:2]
     numbers = packed.view(torch.int16)[:, -top_k:]
     chosen, order = ((numbers.flatten() - (first + 1)) & 0x7FFF).sort(stable=True)  # others' come behind
     wanted = torch.arange(own, dtype=chosen.dtype, device=packed.device)
@@ -98,8 +94,7 @@ def _many(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor)
     )  # fmt: skip
     both = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
     del x  # each of these is as large as all that a chunk needs elsewhere
-    middle = packed.new_empty(len(order), inner)
-    _silu[(len(order),)](both, ends, middle, own, inner, triton.next_power_of_2(inner), num_warps=4)
+    middle = gated(both, ends[-1:])
     del both
     return F.grouped_mm(middle, down.transpose(1, 2), offs=ends), places
 
@@ -151,58 +146,38 @@ def _list(
 
 
 @triton.jit
-def _gate_up(
+def _product(
     x, weights, out, table, counts, tokens, stride,
-    hidden: tl.constexpr, inner: tl.constexpr, top_k: tl.constexpr,
+    size: tl.constexpr, columns: tl.constexpr, each: tl.constexpr, halves: tl.constexpr,
     rows: tl.constexpr, outs: tl.constexpr, deep: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """silu(gate) * up of each pair's expert, `[pairs, inner]`; weight rows take the place of the product's rows."""
+    """Row `pair // each` of x times the weight of the pair's expert, `[pairs, size]`.
+
+    With two halves the weight holds gate and up, one after the other, and the result is silu(gate) * up. Weight rows
+    take the place of the matrix unit's rows, the few of x that of its columns.
+    """
     wait(early)
     own = tl.program_id(1)
     count = tl.load(counts + own)
     n, k = tl.program_id(0) * outs + tl.arange(0, outs), tl.arange(0, deep)
-    gates = weights + (own.to(tl.int64) * 2 * inner + n)[:, None] * hidden + k[None, :]
-    ups = gates + inner * hidden
-    known = (n < inner)[:, None]
+    weight = weights + (own.to(tl.int64) * halves * size + n)[:, None] * columns + k[None, :]
+    known = (n < size)[:, None]
     for start in range(0, count, rows):
         row = start + tl.arange(0, rows)
         pair = tl.load(table + own * tokens + row, row < count, 0)
-        source = x + (pair // top_k)[None, :] * stride + k[:, None]
-        gate = tl.zeros([outs, rows], tl.float32)
+        source = x + (pair // each)[None, :] * stride + k[:, None]
+        value = tl.zeros([outs, rows], tl.float32)
         up = tl.zeros([outs, rows], tl.float32)
-        for c in range(0, hidden, deep):
-            inside = k + c < hidden
+        for c in range(0, columns, deep):
+            inside = k + c < columns
             some = tl.load(source + c, inside[:, None] & (row < count)[None, :], 0)
-            gate = tl.dot(tl.load(gates + c, known & inside[None, :], 0), some, gate)
-            up = tl.dot(tl.load(ups + c, known & inside[None, :], 0), some, up)
-        value = gate / (1 + tl.exp(-gate)) * up
-        target = out + pair[None, :] * inner + n[:, None]
+            value = tl.dot(tl.load(weight + c, known & inside[None, :], 0), some, value)
+            if halves == 2:
+                up = tl.dot(tl.load(weight + size * columns + c, known & inside[None, :], 0), some, up)
+        if halves == 2:
+            value = value / (1 + tl.exp(-value)) * up
+        target = out + pair[None, :] * size + n[:, None]
         tl.store(target, value.to(out.dtype.element_ty), known & (row < count)[None, :])
-
-
-@triton.jit
-def _down(
-    x, weights, out, table, counts, tokens,
-    hidden: tl.constexpr, inner: tl.constexpr,
-    rows: tl.constexpr, outs: tl.constexpr, deep: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    wait(early)
-    own = tl.program_id(1)
-    count = tl.load(counts + own)
-    n, k = tl.program_id(0) * outs + tl.arange(0, outs), tl.arange(0, deep)
-    weight = weights + (own.to(tl.int64) * hidden + n)[:, None] * inner + k[None, :]
-    known = (n < hidden)[:, None]
-    for start in range(0, count, rows):
-        row = start + tl.arange(0, rows)
-        pair = tl.load(table + own * tokens + row, row < count, 0)
-        source = x + pair[None, :] * inner + k[:, None]
-        total = tl.zeros([outs, rows], tl.float32)
-        for c in range(0, inner, deep):
-            inside = k + c < inner
-            some = tl.load(source + c, inside[:, None] & (row < count)[None, :], 0)
-            total = tl.dot(tl.load(weight + c, known & inside[None, :], 0), some, total)
-        target = out + pair[None, :] * hidden + n[:, None]
-        tl.store(target, total.to(out.dtype.element_ty), known & (row < count)[None, :])
 
 
 @triton.jit
@@ -218,17 +193,6 @@ def _gather(
             column = start + tl.arange(0, at_once)
             row = tl.load(packed + (pair // top_k) * stride + column, column < hidden, 0)
             tl.store(out + place * hidden + column, row, column < hidden)
-
-
-@triton.jit
-def _silu(both, ends, out, own: tl.constexpr, inner: tl.constexpr, width: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
-    if place < tl.load(ends + own - 1):
-        column = tl.arange(0, width)
-        inside = column < inner
-        gate = tl.load(both + place * 2 * inner + column, inside, 0).to(tl.float32)
-        up = tl.load(both + place * 2 * inner + inner + column, inside, 0).to(tl.float32)
-        tl.store(out + place * inner + column, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), inside)
 
 
 @triton.jit

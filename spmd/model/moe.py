@@ -149,6 +149,8 @@ class SparseMLP(nn.Module):
             packed = self.ep.gather(self.gate.by_kernel(x, rows), rows)
             sums = self.experts.by_kernels(packed, self.gate.top_k)
         else:
-            packed = self.ep.gather(self.gate(x).packed(), rows)
-            sums = self.experts(Routed.unpacked(packed, self.gate.top_k), backend)
+            routed = self.gate(x)
+            if self.ep.group is not None:
+                routed = Routed.unpacked(self.ep.gather(routed.packed(), rows), self.gate.top_k)
+            sums = self.experts(routed, backend)
         return self.tp.all_reduce(self.ep.scatter_sum(sums)[: len(x)])

@@ -127,3 +127,13 @@ def test_figures_and_their_lines() -> None:
     unknown = figures(work, None, seconds=6.0, output_tokens=300)
     assert unknown == dict.fromkeys(found) | {"achieved_bandwidth": 2e9}
     assert lines(unknown) == [("read", "2.0 GB/s")]
+
+
+def test_replicas_that_share_experts_read_their_own_alone() -> None:
+    arch = architecture("qwen3_30b_a3b")
+    rows = [(10, 101)] * 128
+    (apart, *_), (shared, *_) = (work_of(arch, configured(LONG, 64, dp=2, ep=ep), rows) for ep in (False, True))
+    experts = arch.num_layers * arch.num_experts * 3 * arch.hidden_size * arch.moe_intermediate_size
+    saved = (apart.weight_bytes - shared.weight_bytes) / 100 / arch.dtype.itemsize  # a decode step
+    assert saved == pytest.approx(experts / 2, rel=0.05), "64 rows touch nearly all experts, 128 as good as all"
+    assert apart.prefill_flops == shared.prefill_flops
