@@ -68,4 +68,4 @@ def tell(error: ValueError, rank: int = 0) -> None:
         time.sleep(PATIENCE + rank)
     lines = (line.strip() for line in str(error).splitlines())
     told = ": ".join(line.rstrip(".:") for line in lines if line and not line.startswith(NOISE))
-    print(f"error: {told}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {told}\n")

@@ -89,12 +89,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """A synthetic workload for `spmd.bench`: random token ids, lengths drawn uniformly from inclusive ranges."""
+    """A synthetic workload for `spmd.bench`: random token ids, uniform lengths from inclusive ranges."""
 
     name: str = "cpu"
     num_prompts: int = 64
     input_len: list[int] = field(default_factory=lambda: [64, 128])
     output_len: list[int] = field(default_factory=lambda: [32, 64])
+    output_sigma: float = 0.0  # > 0: outputs are lognormal with this sigma, the range's geometric mean the median
     seed: int = 0
 
 
@@ -179,6 +180,7 @@ AT_LEAST = {
     "balance.lag": 0,
     "model.max_model_len": 1,
     "workload.num_prompts": 1,
+    "workload.output_sigma": 0,
     "bench.bandwidth": 1,
     "bench.flops": 1,
     "guard.timeout": 2,
@@ -241,6 +243,9 @@ def check(config: Config, world_size: int) -> None:
         raise ValueError(f"shard={shard} must be null or two numbers [i, n] with 0 <= i < n: the i-th of n, from 0 on")
     if (ticks := config.profile.ticks) is not None and not (len(ticks) == 2 and 0 <= ticks[0] < ticks[1]):
         raise ValueError(f"profile.ticks={ticks} must be null or two numbers [a, b] with 0 <= a < b")
+    for name in ("input_len", "output_len"):
+        if not (len(ends := getattr(config.workload, name)) == 2 and 1 <= ends[0] <= ends[1]):
+            raise ValueError(f"workload.{name}={ends} must be two numbers [a, b] with 1 <= a <= b")
     if not 0 < s.gpu_memory_utilization <= 1:
         raise ValueError(f"scheduler.gpu_memory_utilization={s.gpu_memory_utilization} must lie in (0, 1]")
     rows = decode_rows(config)

@@ -98,7 +98,7 @@ def _agreed_config(rank: int) -> Config:
             join(config.guard.startup_timeout)
         except dist.DistError as error:  # no mistake: another attempt has another port, or all nodes
             at = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-            print(f"error: rank {rank} can't meet the others at {at}: {first_line(error)}", file=sys.stderr)
+            sys.stderr.write(f"error: rank {rank} can't meet the others at {at}: {first_line(error)}\n")
             sys.exit(1)
         agree(found)
     return config
@@ -182,7 +182,7 @@ def warn(warning: str, rank: int) -> None:
     """Leave a warning in the log, and on rank 0 also on the terminal."""
     log.warning(warning)
     if rank == 0:
-        print(f"warning: {warning}", file=sys.stderr)
+        sys.stderr.write(f"warning: {warning}\n")
 
 
 def _make_run_dir(config: Config) -> str:

@@ -15,7 +15,12 @@ from spmd.generate import generate
 from spmd.runtime import main
 
 ROOT = Path(__file__).parents[1]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "PYTHON": sys.executable,
+    "PYTHONUNBUFFERED": "1",  # as under the launchers
+}
 
 
 def torchrun(ranks: int, *overrides: str) -> list[str]:

@@ -142,6 +142,8 @@ def test_a_number_is_large_enough(key: str) -> None:
         ({"profile.ticks": [3, 3]}, 1, ("profile.ticks=[3, 3]", "0 <= a < b")),
         ({"profile.ticks": [-1, 3]}, 1, ("profile.ticks=[-1, 3]", "0 <= a < b")),
         ({"profile.ticks": [3]}, 1, ("profile.ticks=[3]", "two numbers")),
+        ({"workload.input_len": [9, 5]}, 1, ("workload.input_len=[9, 5]", "1 <= a <= b")),
+        ({"workload.output_len": [0, 5]}, 1, ("workload.output_len=[0, 5]", "two numbers")),
         ({"scheduler.decode_buckets": [0]}, 1, ("decode_buckets=[0]", "between 1 and 128")),
         (
             {"topology.pp": 2, "scheduler.max_num_seqs": 64, "scheduler.max_num_batched_tokens": 31},

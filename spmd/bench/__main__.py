@@ -49,7 +49,7 @@ def _reached(worker: Worker, metrics: Metrics, rates: Rates | None) -> dict[str,
 
 def _short(workload: WorkloadConfig, dp: int) -> WorkloadConfig:
     """Enough of the workload to meet every kind of forward once."""
-    tokens = min(WARM_UP_TOKENS, workload.output_len[0])
+    tokens = min(WARM_UP_TOKENS, workload.output_len[1])
     return replace(workload, num_prompts=WARM_UP_ROWS * dp, output_len=[tokens, tokens])
 
 

@@ -1,5 +1,6 @@
 """Synthetic rows: random token ids and lengths from a fixed seed, equal on every rank and for every engine compared."""
 
+import math
 import random
 from collections.abc import Iterator
 from itertools import count
@@ -14,8 +15,16 @@ def prompts(workload: WorkloadConfig, num_prompts: int, vocab_size: int) -> Iter
     """Token ids and output length of each prompt."""
     rng = random.Random(workload.seed)
     for _ in range(num_prompts):
-        length, output = rng.randint(*workload.input_len), rng.randint(*workload.output_len)
+        length, output = rng.randint(*workload.input_len), _output(workload, rng)
         yield [rng.randrange(vocab_size) for _ in range(length)], output
+
+
+def _output(workload: WorkloadConfig, rng: random.Random) -> int:
+    least, most = workload.output_len
+    if not workload.output_sigma:
+        return rng.randint(least, most)
+    drawn = rng.lognormvariate(math.log(least * most) / 2, workload.output_sigma)
+    return min(most, max(least, round(drawn)))
 
 
 def lengths(workload: WorkloadConfig, vocab_size: int) -> list[tuple[int, int]]:

@@ -230,7 +230,7 @@ class Guard(threading.Thread):
     def _end(self, message: str, status: int, lost: tuple[int, ...], teller: int) -> None:
         """Tell, leave message and stacks in the log, take ranks along that can't end themselves, and exit."""
         if teller == self.topology.rank:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: {message}\n")  # at one go, as several ranks may tell at once; print() isn't
             report(status)
         log.error(message)
         with suppress(OSError), open(self.logs / f"rank-{self.topology.rank}.log", "a") as file:

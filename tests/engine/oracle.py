@@ -26,8 +26,9 @@ LONGEST = 24  # tokens of an output
 NEAR_TIE = 3e-4  # logits closer than this may swap by the order of summation; theirs differ by some 1e-6
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Seven layers for uneven stages; tied, so that the last stage needs the embedding of the first.
-    "qwen3": ("Qwen3ForCausalLM", {"num_hidden_layers": 7, "tie_word_embeddings": True}),
+    # Tied, so that the last stage needs the embedding of the first; seven layers for uneven stages.
+    "qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3_7": ("Qwen3ForCausalLM", {"num_hidden_layers": 7, "tie_word_embeddings": True}),
     "qwen3_untied": ("Qwen3ForCausalLM", {"tie_word_embeddings": False}),
     "llama": ("LlamaForCausalLM", {}),
     "llama_linear": ("LlamaForCausalLM", {"rope_parameters": SCALINGS["linear"]}),

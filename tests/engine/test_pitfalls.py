@@ -25,7 +25,7 @@ BYTES_PER_LAYER = 2 * 4 * 2 * 16 * 4  # of a block: keys and values, tokens, kv 
 
 @pytest.fixture
 def qwen3(task: Callable[[str], Task]) -> Task:
-    return task("qwen3")
+    return task("qwen3_7")
 
 
 def longest_wait(ticks: list[Tick]) -> int:
@@ -141,9 +141,7 @@ def test_pitfall_10_seats_change_hands_before_packets_land(
     assert max(tick.num_decodes for tick in reports[0].ticks) == 1
 
 
-@pytest.mark.parametrize(
-    "delays_ms", [(5.0, 0.0, 0.0, 0.0), (0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0,) * 4]
-)
+@pytest.mark.parametrize("delays_ms", [(5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)])
 def test_pitfall_11_equal_plans_whoever_is_late(
     ranks: Ranks, qwen3: Task, tmp_path: Path, delays_ms: tuple[float, ...]
 ) -> None:

@@ -1,5 +1,6 @@
 """Replicas that share one list: the tokens are right, and all ranks exchange as often and end at the same tick."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from ranks import Ranks
 from spmd.config import BalanceConfig
 
 TOPOLOGIES = {"dp2": (2, 1, 1), "dp4": (4, 1, 1), "dp2pp2": (2, 2, 1), "dp2tp2": (2, 1, 2)}
+MODELS = {"dense": ("qwen3", False), "experts": ("qwen3_moe", False), "shared_experts": ("qwen3_moe", True)}
+GATES = {"off": {}, "saturated": {"patience": 5}, "near": {"patience": 3}, "interval": {"interval": 3}}
 BALANCES = {
     "dynamic": BalanceConfig(),
     "lockstep": BalanceConfig(lag=0),
@@ -24,8 +27,11 @@ BALANCES = {
 }
 
 
+Solved = Callable[[str], Task]
+
+
 @pytest.fixture
-def qwen3(task: Callable[[str], Task]) -> Task:
+def qwen3(task: Solved) -> Task:
     return task("qwen3")
 
 
@@ -55,10 +61,28 @@ def test_pitfall_1_balance_changes_no_token(
     assert config.balance.gate != "off" or not any(report.frozen_ticks for report in reports)
 
 
-def random_runs(number: int, seed: int = 0) -> list[tuple[str, BalanceConfig, dict[str, Any], tuple[float, ...]]]:
+@pytest.mark.full
+@pytest.mark.parametrize("share", ["dynamic", "static"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("model", MODELS)
+def test_pitfall_1_every_gate_and_way_to_share_on_every_topology(
+    ranks: Ranks, task: Solved, tmp_path: Path, model: str, topology: str, gate: str, share: str
+) -> None:
+    name, ep = MODELS[model]
+    balance = BalanceConfig(share=share, gate=gate, **GATES[gate])
+    solved, seats = task(name), TOPOLOGIES[topology][1] * 2
+    run_dir, chosen = str(tmp_path), TOPOLOGIES[topology]
+    config = configure(solved.model, solved.input, run_dir, chosen, balance=balance, ep=ep, max_num_seqs=seats)
+    assert answers(run(ranks, config)) == solved.answers
+
+
+def random_runs(number: int, seed: int = 0) -> list[Any]:
+    """The first few are enough for a plain run."""
     rng = random.Random(seed)
-    return [
+    runs = [
         (
+            rng.choice([*MODELS]),
             rng.choice([*TOPOLOGIES]),
             BalanceConfig(
                 share=rng.choice(["dynamic", "dynamic", "static"]),
@@ -78,22 +102,26 @@ def random_runs(number: int, seed: int = 0) -> list[tuple[str, BalanceConfig, di
         )
         for _ in range(number)
     ]
+    return [pytest.param(*run, marks=[pytest.mark.full] if index >= 6 else []) for index, run in enumerate(runs)]
 
 
-@pytest.mark.parametrize(("topology", "balance", "options", "delays_ms"), random_runs(6))
+@pytest.mark.parametrize(("model", "topology", "balance", "options", "delays_ms"), random_runs(100))
 def test_pitfall_15_as_many_exchanges_on_every_rank_whoever_is_late(
     ranks: Ranks,
-    qwen3: Task,
+    task: Solved,
     tmp_path: Path,
+    model: str,
     topology: str,
     balance: BalanceConfig,
     options: dict[str, Any],
     delays_ms: tuple[float, ...],
 ) -> None:
     """`run` compares the counts; what each replica plans is the same without delays."""
-    config = configure(qwen3.model, qwen3.input, str(tmp_path), TOPOLOGIES[topology], balance=balance, **options)
+    name, ep = MODELS[model]
+    solved, run_dir, chosen = task(name), str(tmp_path), TOPOLOGIES[topology]
+    config = configure(solved.model, solved.input, run_dir, chosen, balance=balance, ep=ep, **options)
     late, prompt = run(ranks, config, drive, delays_ms), run(ranks, config)
-    assert answers(late) == answers(prompt) == qwen3.answers
+    assert answers(late) == answers(prompt) == solved.answers
     assert [report.ticks for report in late] == [report.ticks for report in prompt]
 
 
@@ -110,7 +138,27 @@ def test_pitfall_14_a_list_shorter_than_the_replicas(
     assert rows_of(reports, (dp, 1, 1)) == [len(range(replica, rows, dp)) for replica in range(dp)]
 
 
-@pytest.mark.parametrize(("seats", "gate"), [(1, "saturated"), (1, "interval"), (2, "saturated"), (2, "near")])
+@pytest.mark.parametrize("lengths", [[300, *[3] * 11], [24, 1] * 6], ids=["one is long", "every second one is long"])
+@pytest.mark.parametrize("share", ["dynamic", "static"])
+@pytest.mark.parametrize("model", ["dense", "shared_experts"])
+def test_pitfall_14_most_of_the_work_on_one_replica(
+    ranks: Ranks, task: Solved, tmp_path: Path, model: str, share: str, lengths: list[int]
+) -> None:
+    name, ep = MODELS[model]
+    rows = [json.loads(line) for line in Path(task(name).input).read_text().splitlines()]
+    uneven = [row | {"max_tokens": length, "ignore_eos": True} for row, length in zip(rows, lengths, strict=False)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in uneven))
+
+    def answered(dp: int, **options: Any) -> dict[str, Any]:
+        config = configure(task(name).model, f"{tmp_path}/in.jsonl", str(tmp_path), (dp, 1, 1), **options)
+        return answers(run(ranks, config))
+
+    assert answered(2, balance=BalanceConfig(share=share), ep=ep, max_num_seqs=2) == answered(1)
+
+
+@pytest.mark.parametrize(
+    ("seats", "gate"), [(1, "saturated"), (1, "interval"), (2, "saturated"), (2, "near"), (2, "interval")]
+)
 def test_pitfall_16_few_seats_behind_a_gate(ranks: Ranks, qwen3: Task, tmp_path: Path, seats: int, gate: str) -> None:
     balance = BalanceConfig(gate=gate)
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (3, 1, 1), balance=balance, max_num_seqs=seats)

@@ -15,7 +15,7 @@ from slurm_cluster import Cluster, cluster, missing, until
 
 from spmd.demo import prompts
 
-ROWS = 1200
+ROWS = 800
 DEMO = "model=demo device=cpu sampling.max_tokens=8 sampling.temperature=0 progress=false scheduler.max_num_seqs=4"
 # Stands for the ranks' Python: rank 1 ends as the job is to show, the others wait until they are ended.
 STAND_IN = f"""#!/usr/bin/env bash
