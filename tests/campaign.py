@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROWS = 400
-USUAL, OTHERS = "pp2dp2", ("pp2", "dp2", "single", "tp2", "pp2tp2")
+OTHERS = ("pp2", "dp2", "single", "tp2", "pp2tp2")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 MARK = "SPMD_CAMPAIGN"  # in the environment of all processes of an attempt
 AGAIN = 0.25  # share of later attempts that are disturbed too
@@ -139,21 +139,21 @@ def texts(output: Path) -> dict[str, str]:
     return found
 
 
-def run(folder: Path, rows: Path, expected: dict[str, str], rng: random.Random, tally: Tally) -> None:
-    """One run of the campaign.
+def run(folder: Path, rows: Path, expected: dict[str, str], usual: str, rng: random.Random, tally: Tally) -> None:
+    """One run of the campaign, on the topology `usual` to begin with.
 
     Raises:
         AssertionError: a row is lost or there twice, a text differs, or the job doesn't get done.
     """
     folder.mkdir()
-    job, topology = Job(folder, rows), USUAL
+    job, topology = Job(folder, rows), usual
     code = attempt(job, topology, rng, tally)
     for _ in range(20):
         if code == 0:
             break
         if rng.random() < 1 / 3:
             topology = rng.choice(OTHERS)
-        tally.moved += topology != USUAL
+        tally.moved += topology != usual
         code = attempt(job, topology, rng if rng.random() < AGAIN else None, tally)
     assert code == 0, (folder / "stderr").read_text()[-3000:]
     got = texts(job.output)
@@ -162,7 +162,7 @@ def run(folder: Path, rows: Path, expected: dict[str, str], rng: random.Random, 
     tally.runs += 1
 
 
-def campaign(folder: Path, runs: int, seed: int) -> Tally:
+def campaign(folder: Path, runs: int, seed: int, usual: str = "pp2dp2") -> Tally:
     """Run all of it below `folder`.
 
     Raises:
@@ -180,7 +180,7 @@ def campaign(folder: Path, runs: int, seed: int) -> Tally:
     assert attempt(job, "single", None, Tally()) == 0, (undisturbed / "stderr").read_text()
     expected = texts(job.output)
     for number in range(runs):
-        run(folder / f"run-{number}", rows, expected, rng, tally)
+        run(folder / f"run-{number}", rows, expected, usual, rng, tally)
         print(f"{number + 1}: {tally}", flush=True)
     assert not tally.left, str(tally)
     return tally

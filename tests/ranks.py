@@ -10,14 +10,17 @@ import faulthandler
 import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed import TCPStore, distributed_c10d
@@ -36,8 +39,10 @@ class Ranks:
 
     def __init__(self, most: int = 4) -> None:
         self.most = most
-        self.context = multiprocessing.get_context("forkserver")  # imports torch once for all ranks
-        self.context.set_forkserver_preload(["spmd.generate"])
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["spmd.generate", "driver"])  # imported once for all ranks, if it is there
+        with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            forkserver.ensure_running()
         self.folder = tempfile.TemporaryDirectory(prefix="ranks")
         self.processes: list[BaseProcess] = []
         self.pipes: list[Connection] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
-from jobs import ROOT, run, run_here, torchrun, write_rows
+from jobs import ROOT, run_here, start, torchrun, write_rows
 from safetensors.torch import load_file, save_file
 
 from spmd.model import build
@@ -130,19 +130,20 @@ def test_of_two_ranks_one_tells_and_torchrun_ends_both(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    lacking = run(torchrun(2, "topology.pp=2", "model.path=model", *FILES), tmp_path)
+    lacking = start(torchrun(2, "topology.pp=2", "model.path=model", *FILES), tmp_path)
     differing = torchrun(2, "topology.pp=2", "model.path=model", *FILES)
     place = differing.index("-m", 3)
     command = f"{sys.executable} {' '.join(differing[place:])} scheduler.max_num_seqs=$((16 + RANK))"
-    differs = run([*differing[:place], "--no-python", "bash", "-c", f"exec {command}"], tmp_path)
-    for done, message in (
+    differs = start([*differing[:place], "--no-python", "bash", "-c", f"exec {command}"], tmp_path)
+    for job, message in (
         (lacking, "error: model lacks layers.3.mlp.up_proj.weight, which Qwen3ForCausalLM needs on stage 1"),
         (differs, "error: ranks disagree: scheduler.max_num_seqs is 17 on rank 1 ("),
     ):
-        assert done.returncode != 0
-        told = re.findall("^error: .*", done.stderr, re.MULTILINE)
+        _, said = job.communicate(timeout=120)
+        assert job.returncode != 0
+        told = re.findall("^error: .*", said, re.MULTILINE)
         assert len(told) == 1 and told[0].startswith(message)
-        assert "spmd/" not in done.stderr, "a traceback of ours"
+        assert "spmd/" not in said, "a traceback of ours"
 
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -34,17 +34,12 @@ def test_figures_with_a_floor(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "profile").iterdir())) == 2
 
 
-def test_a_cpu_has_no_floor_of_its_own(tmp_path: Path) -> None:
-    told = bench(tmp_path, 1)
-    figures = json.loads(told[-1])
-    assert figures["floor_percent"] is figures["floor_output_throughput"] is None
-    assert figures["achieved_bandwidth"] > 0
-    assert not (tmp_path / "run" / "profile").exists()
-
-
-def test_replicas_share_the_rows(tmp_path: Path) -> None:
+def test_replicas_share_the_rows_and_a_cpu_has_no_floor_of_its_own(tmp_path: Path) -> None:
     told = bench(tmp_path, 2, "topology=dp2", "balance.gate=saturated")
     figures = json.loads(told[-1])
     assert figures["completed"] == 6 and figures["dp"] == 2
     assert figures["exchanges"] > 0 and 0 <= figures["idle_tail_percent"] < 100
     assert "replicas" in {line.split()[0] for line in told[:-1] if line}
+    assert figures["floor_percent"] is figures["floor_output_throughput"] is None
+    assert figures["achieved_bandwidth"] > 0
+    assert not (tmp_path / "run" / "profile").exists()

@@ -143,11 +143,12 @@ def test_pitfall_10_seats_change_hands_before_packets_land(
 
 @pytest.mark.parametrize("delays_ms", [(5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)])
 def test_pitfall_11_equal_plans_whoever_is_late(
-    ranks: Ranks, qwen3: Task, tmp_path: Path, delays_ms: tuple[float, ...]
+    ranks: Ranks, task: Callable[[str], Task], tmp_path: Path, delays_ms: tuple[float, ...]
 ) -> None:
-    config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 2), async_depth=1, num_blocks=20)
+    solved = task("qwen3")
+    config = configure(solved.model, solved.input, str(tmp_path), (1, 2, 2), async_depth=1, num_blocks=20)
     reports = run(ranks, config, drive, delays_ms)
-    assert answers(reports) == qwen3.answers
+    assert answers(reports) == solved.answers
     assert len({tuple(tick.marks for tick in report.ticks) for report in reports}) == 1
 
 
