@@ -70,11 +70,11 @@ def test_every_family_answers_as_transformers(
 
 def combinations() -> list[Any]:
     """Every option on every topology; a plain run leaves out those that others stand for."""
-    some = ("default", "depth2", "chunked", "preempting", "exclusive_batch")
+    everywhere = ("default", "depth2", "chunked", "preempting")
+    widely = ("exclusive_batch", "lookahead", "lookahead_deep", "lookahead_preempting")
 
     def tells(option: str, topology: str) -> bool:
-        late = option.startswith("lookahead")
-        return option in some or topology in ("single", "pp2") or (late and topology == "pp2tp2")
+        return topology in ("single", "pp2") or option in everywhere or (option in widely and topology == "pp2tp2")
 
     return [
         pytest.param(option, topology, marks=[] if tells(option, topology) else [pytest.mark.full])

@@ -19,7 +19,7 @@ from spmd.model.batch import Batch, Span
 from spmd.model.checkpoint import load
 from spmd.model.decoder import Decoder
 from spmd.model.kv_cache import KVCache
-from spmd.model.weights import computed_in
+from spmd.model.weights import FBGEMM, computed_in, packed
 from spmd.parallel.groups import join
 from spmd.parallel.tensor import TensorParallel
 
@@ -149,15 +149,35 @@ def test_long_chunk_is_cut_into_tiles(tmp_path: Path, monkeypatch: pytest.Monkey
     in_all_ways(Pipeline(path), reference(path))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float32", 1e-4)])
-def test_packed_equals_dense(tmp_path: Path, dtype: str, tolerance: float) -> None:
-    path = write_checkpoint(tmp_path, "Qwen3MoeForCausalLM", tie_word_embeddings=True, mlp_only_layers=[0])
+def round_to(pipeline: Pipeline, dtype: torch.dtype) -> None:
+    """Give the first stage's weights values that a checkpoint in `dtype` can have."""
+    for weight in pipeline.stages[0].parameters():
+        weight.copy_(weight.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "tolerance"),
+    [("float32", "bfloat16", 0.1), ("float32", "float32", 1e-4), ("bfloat16", "float32", 1e-4)],
+)
+def test_packed_equals_dense(tmp_path: Path, stored: str, dtype: str, tolerance: float) -> None:
+    model = {"tie_word_embeddings": True, "mlp_only_layers": [0], "attention_bias": True}
+    path = write_checkpoint(tmp_path, "Qwen3MoeForCausalLM", **model)
     pipeline = Pipeline(path, dtype=dtype)
+    round_to(pipeline, getattr(torch, stored))
     chunks = [(i, 0, prompt) for i, prompt in enumerate(prompts())]
     dense = pipeline.run(chunks)
     pipeline.stages[0].pack(8)
     assert pipeline.stages[0].embed_tokens.weight.dtype == getattr(torch, dtype)
     torch.testing.assert_close(pipeline.run(chunks), dense, rtol=tolerance / 2, atol=tolerance)
+
+
+@pytest.mark.skipif(torch.backends.quantized.engine not in FBGEMM, reason="needs FBGEMM (x86)")
+@pytest.mark.parametrize(("value", "fits"), [(0.1, False), (1e5, False), (float("nan"), False), (1e-9, True)])
+def test_only_what_float16_holds_is_packed_in_it(value: float, fits: bool) -> None:
+    weight = torch.randn(8, 16).bfloat16().float()
+    assert isinstance(packed(weight, 8), torch.ScriptObject)
+    weight[3, 5] = value
+    assert isinstance(packed(weight, 8), torch.ScriptObject) == fits
 
 
 def test_cpus_without_a_dtype_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,8 +187,10 @@ def test_cpus_without_a_dtype_compute_in_float32(monkeypatch: pytest.MonkeyPatch
     assert computed_in(torch.bfloat16, "cuda") == torch.bfloat16
 
 
-def test_batch_that_samples_nothing(tmp_path: Path) -> None:
-    pipeline = Pipeline(write_checkpoint(tmp_path, "LlamaForCausalLM"), dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_batch_that_samples_nothing(tmp_path: Path, dtype: str) -> None:
+    pipeline = Pipeline(write_checkpoint(tmp_path, "LlamaForCausalLM"), dtype=dtype)
+    round_to(pipeline, torch.bfloat16)
     pipeline.stages[0].pack(8)
     null, none = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     batch = Batch(null, null + len(pipeline.tables) - 1, pipeline.tables, 1, 1, [], none)
