@@ -44,7 +44,8 @@ class Architecture:
     """A decoder-only transformer. Sizes are the whole model's, before any split over ranks."""
 
     family: str
-    dtype: torch.dtype
+    stored: torch.dtype  # of the checkpoint
+    dtype: torch.dtype  # that is computed in
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -94,7 +95,8 @@ def read_architecture(
     experts = _experts(config)
     return Architecture(
         family=name,
-        dtype=_dtype(dtype, config),
+        stored=(stored := _stored(config)),
+        dtype=DTYPES.get(dtype, stored),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -193,9 +195,7 @@ def _family_name(path: str, values: dict[str, Any]) -> str:
     return names[0]
 
 
-def _dtype(dtype: str, config: PretrainedConfig) -> torch.dtype:
-    if dtype != "auto":
-        return DTYPES[dtype]
+def _stored(config: PretrainedConfig) -> torch.dtype:
     stored = config.dtype or torch.float32
     return getattr(torch, stored) if isinstance(stored, str) else stored
 

@@ -75,7 +75,7 @@ def load(decoder: Decoder, path: str, load_format: str = "auto", revision: str |
         ValueError: no or broken files, tensors that are missing, unknown to the architecture, or of another shape.
     """
     if load_format == "dummy":
-        fill_randomly(decoder.pieces(), seed)
+        fill_randomly(decoder.pieces(), decoder.arch.stored, seed)
         return
     checkpoint = _open(path, revision)
     pieces = decoder.pieces(checkpoint.stacked)
@@ -117,11 +117,11 @@ def check_files(
     return checkpoint
 
 
-def fill_randomly(pieces: dict[str, list[Piece]], seed: int) -> None:
+def fill_randomly(pieces: dict[str, list[Piece]], stored: torch.dtype, seed: int) -> None:
     """Norms 1, everything else uniform with a standard deviation of 0.02, transformers' initializer_range.
 
-    A tensor's values depend on the seed and its name alone: each rank draws the whole tensor and keeps its slice, so
-    the model is the same on every topology (of one kind of device).
+    A tensor's values depend on the seed and its name alone: each rank draws the whole tensor, in the dtype that a
+    checkpoint would have, and keeps its slice, so the model is the same on every topology (of one kind of device).
     """
     for name, targets in pieces.items():
         for piece in targets:
@@ -131,7 +131,7 @@ def fill_randomly(pieces: dict[str, list[Piece]], seed: int) -> None:
             device = piece.target.device
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
-            whole = torch.empty(piece.shape, dtype=piece.target.dtype, device=device)
+            whole = torch.empty(piece.shape, dtype=stored, device=device)
             bound = 0.02 * 3**0.5
             piece.target.copy_(whole.uniform_(-bound, bound, generator=generator)[piece.index])
 

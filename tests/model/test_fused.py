@@ -46,6 +46,7 @@ everywhere = pytest.mark.parametrize(
 def shape(head_dim: int, window: int | None, qk_norm: bool, bias: bool = False) -> Architecture:
     return Architecture(
         family="tested",
+        stored=torch.bfloat16,
         dtype=torch.bfloat16,
         vocab_size=1000,
         hidden_size=512,

@@ -22,6 +22,7 @@ from spmd.parallel.tensor import TensorParallel
 NUM_EXPERTS, TOP_K, HIDDEN = 16, 4, 128
 ARCH = Architecture(
     family="tested",
+    stored=torch.bfloat16,
     dtype=torch.bfloat16,
     vocab_size=8,
     hidden_size=HIDDEN,
