@@ -12,6 +12,8 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from statistics import mean
 from time import perf_counter
 from typing import cast
 
@@ -37,7 +39,7 @@ from spmd.schedule.scheduler import Limits, Scheduler
 
 BLOCK_SIZE = 16
 PROMPT, MEDIAN, SIGMA, LONGEST = 64, 60, 1.5, 2000  # tokens of a prompt, of outputs, and their spread
-SEATS, ROWS = 32, 8000  # of a replica, of all
+SEATS, ROWS, SEEDS = 32, 4000, 4  # seats of a replica, rows of a list, lists
 EXCHANGES = 2000
 
 
@@ -148,16 +150,19 @@ def make_job(index: int, prompt: int, output: int) -> Job:
 
 
 def balance_rows(dp: int, rows: int) -> Iterator[str]:
-    """A line for each way to share and each gate."""
-    yield f"{'share':8} {'gate':10} {'lag':>3} {'ticks':>7} {'idle tail':>10} {'frozen':>7} {'mixed':>7}"
+    """A line for each way to share and each gate: means over SEEDS lists, and the longest idle tail."""
+    yield f"{'share':8} {'gate':10} {'lag':>3} {'ticks':>7} {'idle tail':>10} {'longest':>8} {'frozen':>7} {'mixed':>7}"
     for share, gate, lag in [
         *(("static", "off", 4), ("dynamic", "off", 0), ("dynamic", "off", 4), ("dynamic", "off", 16)),
         *(("dynamic", "saturated", 4), ("dynamic", "near", 4), ("dynamic", "interval", 4)),
     ]:
-        fleet = Fleet(Rules(SEATS, dp=dp, share=share, gate=gate, lag=lag), lambda: lognormal_jobs(rows)).run()
-        frozen = sum(engine.balance.gate.frozen_ticks for engine in fleet.engines)
-        tail, mixed = f"{100 * fleet.idle_tail:.2f} %", fleet.engines[0].balance.mixed_ticks
-        yield f"{share:8} {gate:10} {lag:3} {max(fleet.busy):7,} {tail:>10} {frozen:7,} {mixed:7,}"
+        rules = Rules(SEATS, dp=dp, share=share, gate=gate, lag=lag)
+        fleets = [Fleet(rules, partial(lognormal_jobs, rows, seed=seed)).run() for seed in range(SEEDS)]
+        ticks = mean(max(fleet.busy) for fleet in fleets)
+        tail, longest = (f"{100 * of(fleet.idle_tail for fleet in fleets):.2f} %" for of in (mean, max))
+        frozen = mean(sum(engine.balance.gate.frozen_ticks for engine in fleet.engines) for fleet in fleets)
+        mixed = mean(fleet.engines[0].balance.mixed_ticks for fleet in fleets)
+        yield f"{share:8} {gate:10} {lag:3} {ticks:7,.0f} {tail:>10} {longest:>8} {frozen:7,.0f} {mixed:7,.0f}"
 
 
 def time_exchange(rank: int, dp: int, port: int) -> None:
@@ -181,7 +186,8 @@ def time_exchange(rank: int, dp: int, port: int) -> None:
 
 
 def main(dp: int = 4, rows: int = ROWS) -> None:
-    print(f"dp={dp}, {rows:,} rows, outputs lognormal (median {MEDIAN}, sigma {SIGMA}), {SEATS} seats a replica")
+    lists = f"{SEEDS} lists of {rows:,} rows, outputs lognormal (median {MEDIAN}, sigma {SIGMA})"
+    print(f"dp={dp}, {SEATS} seats a replica, {lists}")
     for line in balance_rows(dp, rows):
         print(line, flush=True)
     print("one exchange, launched and taken, nothing else to do:")
