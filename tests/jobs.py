@@ -5,14 +5,17 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spmd.config import Config
 from spmd.generate import generate
 from spmd.runtime import main
+from spmd.signals import Stop
+from spmd.topology import Topology
 
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {
@@ -47,14 +50,14 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def run_here(*overrides: str) -> int:
+def run_here(*overrides: str, work: Callable[[Config, Topology, Stop], None] = generate) -> int:
     """Run a job as the one rank of this process, which it leaves as it found it; returns the exit status."""
     argv, threads = sys.argv, torch.get_num_threads()
     log = logging.getLogger("spmd")
     try:
         sys.argv = ["generate.py", *overrides]
         torch.set_num_threads(1)
-        main(generate)
+        main(work)
         return 0
     except SystemExit as end:
         return int(end.code or 0)

@@ -92,11 +92,11 @@ def read_architecture(
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{path}: quantized checkpoints are not supported")
     bias = family.attention_bias and config.attention_bias
-    experts = _experts(config)
+    experts, stored = _experts(config), _stored(config)
     return Architecture(
         family=name,
-        stored=(stored := _stored(config)),
-        dtype=DTYPES.get(dtype, stored),
+        stored=stored,
+        dtype=stored if dtype == "auto" else DTYPES[dtype],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,

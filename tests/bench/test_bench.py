@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import run
+from jobs import ROOT, run, run_here
+
+from spmd.bench.__main__ import bench as measure
 
 SMALL = ("model=tiny", "workload.num_prompts=6", "workload.input_len=[5,9]", "workload.output_len=[3,6]", "device=cpu")
 ROOM = ("scheduler.max_num_seqs=4", "scheduler.num_blocks=64")
@@ -34,12 +36,18 @@ def test_figures_with_a_floor(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "profile").iterdir())) == 2
 
 
-def test_replicas_share_the_rows_and_a_cpu_has_no_floor_of_its_own(tmp_path: Path) -> None:
+def test_a_cpu_has_no_floor_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = f"model.path={ROOT}/conf/shapes/tiny"
+    assert run_here(f"run_dir={tmp_path / 'run'}", *SMALL, model, *ROOM, work=measure) == 0
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert figures["floor_percent"] is figures["floor_output_throughput"] is None
+    assert figures["achieved_bandwidth"] > 0
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_replicas_share_the_rows(tmp_path: Path) -> None:
     told = bench(tmp_path, 2, "topology=dp2", "balance.gate=saturated")
     figures = json.loads(told[-1])
     assert figures["completed"] == 6 and figures["dp"] == 2
     assert figures["exchanges"] > 0 and 0 <= figures["idle_tail_percent"] < 100
     assert "replicas" in {line.split()[0] for line in told[:-1] if line}
-    assert figures["floor_percent"] is figures["floor_output_throughput"] is None
-    assert figures["achieved_bandwidth"] > 0
-    assert not (tmp_path / "run" / "profile").exists()

@@ -1,6 +1,5 @@
 """Commits that lag behind the ring, with the real engine; each test also checks every answer and every plan."""
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +7,6 @@ from unittest.mock import PropertyMock, patch
 
 import pytest
 from driver import Report, answers, configure, drive, run
-from jobs import write_rows
 from oracle import LONGEST, Task
 from ranks import Ranks
 
@@ -37,11 +35,15 @@ def test_only_stops_cost_rows_and_few(ranks: Ranks, qwen3: Task, tmp_path: Path,
 
 
 @pytest.mark.parametrize("lookahead", [1, 3])
-def test_one_stage_samples_a_row_at_every_tick(ranks: Ranks, qwen3: Task, tmp_path: Path, lookahead: int) -> None:
-    first = json.loads(Path(qwen3.input).read_text().splitlines()[0])
-    write_rows(tmp_path / "one.jsonl", [first | {"ignore_eos": True}])
-    config = configure(qwen3.model, f"{tmp_path}/one.jsonl", str(tmp_path), (1, 1, 1), lookahead=lookahead)
+def test_one_stage_samples_a_row_at_every_tick(
+    ranks: Ranks, task: Callable[[str], Task], tmp_path: Path, lookahead: int
+) -> None:
+    solved = task("qwen3_7")  # whose first answer isn't cut short
+    first = Path(solved.input).read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(first + "\n")
+    config = configure(solved.model, f"{tmp_path}/one.jsonl", str(tmp_path), (1, 1, 1), lookahead=lookahead)
     (report,) = run(ranks, config)
+    assert report.answers == {"greedy-0": solved.answers["greedy-0"]}
     busy = [number for number, tick in enumerate(report.ticks) if tick.sampled]
     assert len(busy) == LONGEST and all(later - sooner == 1 for sooner, later in pairwise(busy))
 
@@ -55,7 +57,13 @@ def test_seats_change_hands_before_tokens_come_back(
     assert answers(run(ranks, configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 1), **sizes))) == qwen3.answers
 
 
-@pytest.mark.parametrize("delays_ms", [(5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)])
+@pytest.mark.parametrize(
+    "delays_ms",
+    [
+        *((5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)),
+        *(pytest.param(late, marks=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
+    ],
+)
 def test_equal_plans_whoever_is_late(ranks: Ranks, qwen3: Task, tmp_path: Path, delays_ms: tuple[float, ...]) -> None:
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 2), lookahead=1, num_blocks=20)
     reports = run(ranks, config, drive, delays_ms)

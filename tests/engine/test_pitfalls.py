@@ -141,7 +141,13 @@ def test_pitfall_10_seats_change_hands_before_packets_land(
     assert max(tick.num_decodes for tick in reports[0].ticks) == 1
 
 
-@pytest.mark.parametrize("delays_ms", [(5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)])
+@pytest.mark.parametrize(
+    "delays_ms",
+    [
+        *((5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)),
+        *(pytest.param(late, marks=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
+    ],
+)
 def test_pitfall_11_equal_plans_whoever_is_late(
     ranks: Ranks, task: Callable[[str], Task], tmp_path: Path, delays_ms: tuple[float, ...]
 ) -> None:

@@ -138,24 +138,27 @@ def test_a_cancelled_job_is_not_requeued(slurm: Cluster, folder: Path, stand_ins
 
 
 def test_a_job_is_requeued_until_each_row_is_answered_once(slurm: Cluster, folder: Path, array: str) -> None:
-    """Ended by the death of a rank."""
+    """Ended by the warning of its time limit and by the death of a rank."""
     job = make_slurm(slurm, folder, "topology=pp2 output=out.jsonl", NODES=2, PROCS=1)
-    until_it_answers(slurm, folder, job, "out.jsonl")
-    os.kill(pid_of_rank(job, 1), signal.SIGKILL)
+    for attempt, end in enumerate([slurm.warn, lambda job: os.kill(pid_of_rank(job, 1), signal.SIGKILL)], 1):
+        until_it_answers(slurm, folder, job, "out.jsonl")
+        end(job)
+        until(lambda: slurm.job(job)["Restarts"] == str(attempt), f"requeue {attempt}")  # noqa: B023
     ended = slurm.wait(job)
     told = (folder / "runs" / f"slurm-{job}.out").read_text()
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), told
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), told
     for line in (
+        f"job {job} attempt 0: stopped in good order, requeued to go on",
         "error: rank 1 was killed by SIGKILL (local rank 0 on node2, pid ",
-        f"job {job} attempt 0: crashed, requeued (failure 1 in a row; the job ends after 3)",
+        f"job {job} attempt 1: crashed, requeued (failure 1 in a row; the job ends after 3)",
         "[rank 0] answers: out.jsonl",
     ):
         assert told.count(line) == 1, told
     assert "Traceback" not in told
     assert list(texts(folder / "out.jsonl")) == [row["custom_id"] for row in read_rows(folder / "in.jsonl")]
     run = folder / "runs" / job
-    assert all((run / logs / "rank-1.log").exists() for logs in ("logs.1", "logs"))
-    assert sorted(path.name for path in (run / "output").iterdir()) == ["0", "1"]
+    assert all((run / logs / "rank-1.log").exists() for logs in ("logs.1", "logs.2", "logs"))
+    assert sorted(path.name for path in (run / "output").iterdir()) == ["0", "1", "2"]
 
 
 def test_an_array_of_native_jobs_answers_each_row_in_one_of_them(slurm: Cluster, folder: Path, array: str) -> None:

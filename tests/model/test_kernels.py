@@ -1,20 +1,12 @@
 """The Triton kernel against plain PyTorch. With TRITON_INTERPRET=1 it needs no GPU: Triton then runs it in Python."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_here import DEVICE, MARKS
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"),
-]
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 BLOCKS, BLOCK_SIZE, EPS = 5, 16, 1e-5
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5}}  # one step
 

@@ -3,23 +3,17 @@
 The interpreter multiplies in float16 only; grouped products of many rows take bfloat16 alone.
 """
 
-import os
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_here import DEVICE, INTERPRETED, MARKS
 
 from spmd.model.moe import Routed
 
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"),
-]
-DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = MARKS
 FEW_DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 TOLERANCE = 0.012  # of the norm
 
