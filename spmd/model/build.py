@@ -27,6 +27,7 @@ from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.groups import Groups
 from spmd.parallel.hidden import HiddenChannel
+from spmd.parallel.peers import share, size_of
 from spmd.parallel.symmetric import SymmetricBuffer
 from spmd.parallel.tensor import TensorParallel
 from spmd.topology import Topology, split_layers
@@ -60,7 +61,7 @@ def load_decoder(
     """
     layers = stages(config, arch)[topology.pp_rank]
     tp = TensorParallel(topology.tp_rank, topology.tp, groups.tensor, _symmetric(arch, groups, device))
-    ep = _expert_parallel(topology, groups) if config.topology.ep else None
+    ep = _expert_parallel(config, arch, topology, groups, device) if config.topology.ep else None
     decoder = Decoder(arch, layers, topology.is_first_stage, topology.is_last_stage, tp, ep, device)
     assert config.model.path is not None
     load(decoder, config.model.path, config.model.load_format, config.model.revision)
@@ -68,18 +69,39 @@ def load_decoder(
     return decoder
 
 
-def _expert_parallel(topology: Topology, groups: Groups) -> ExpertParallel:
-    place = topology.dp_rank * topology.tp + topology.tp_rank
-    return ExpertParallel(place, topology.dp * topology.tp, groups.experts)
+def _expert_parallel(
+    config: Config, arch: Architecture, topology: Topology, groups: Groups, device: torch.device
+) -> ExpertParallel:
+    place, group, peers = topology.dp_rank * topology.tp + topology.tp_rank, groups.experts, None
+    if group and exchanged_bytes(config, arch, device.type) and _on_one_host(group):
+        peers = share(group, *_exchanged(config, arch), device)
+    return ExpertParallel(place, topology.dp * topology.tp, group, peers)
+
+
+def exchanged_bytes(config: Config, arch: Architecture, kind: str) -> int:
+    """Of a rank's memory for other replicas' rows, which kernels use on GPUs."""
+    t = config.topology
+    by_kernels = t.ep and t.dp > 1 and kind == "cuda" and arch.dtype == torch.bfloat16
+    return size_of(t.dp, *_exchanged(config, arch)) if by_kernels else 0
+
+
+def _exchanged(config: Config, arch: Architecture) -> tuple[int, int, int]:
+    """Rows of all replicas in the largest exchange, columns of a row, of a sum."""
+    rows = config.topology.dp * max_num_batched_tokens(config, "cuda")
+    return rows, arch.hidden_size + 2 * arch.experts_per_token, arch.hidden_size
 
 
 def _symmetric(arch: Architecture, groups: Groups, device: torch.device) -> SymmetricBuffer | None:
-    """Memory shared by the GPUs of a tensor group, if there is one and all of it is on this host."""
-    if groups.tensor is None or device.type != "cuda":
+    """Memory in which the GPUs of a tensor group sum, if there is one and all of it is on this host."""
+    if groups.tensor is None or device.type != "cuda" or not _on_one_host(groups.tensor):
         return None
-    hosts: list[str | None] = [None] * groups.tensor.size()
-    dist.all_gather_object(hosts, socket.gethostname(), group=groups.tensor)
-    return SymmetricBuffer(groups.tensor, arch.dtype, device) if len(set(hosts)) == 1 else None
+    return SymmetricBuffer(groups.tensor, arch.dtype, device)
+
+
+def _on_one_host(group: dist.ProcessGroup) -> bool:
+    hosts: list[str | None] = [None] * group.size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    return len(set(hosts)) == 1
 
 
 def count_blocks(config: Config, arch: Architecture, topology: Topology, device: torch.device) -> int:

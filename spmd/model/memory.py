@@ -17,7 +17,7 @@ from spmd.config import Config
 from spmd.defaults import block_size
 from spmd.model.activations import activation_bytes
 from spmd.model.architecture import Architecture, check_topology
-from spmd.model.build import CPU_CACHE_BYTES, max_model_len, stages
+from spmd.model.build import CPU_CACHE_BYTES, exchanged_bytes, max_model_len, stages
 from spmd.model.decoder import Decoder
 from spmd.model.kv_cache import KVCache
 from spmd.parallel.experts import ExpertParallel
@@ -50,7 +50,7 @@ class Needs:
 
     stage: int
     layers: range
-    weights: int
+    weights: int  # with the memory that ranks share for the rows of experts
     block: int  # of the KV cache
     activations: int
 
@@ -69,7 +69,7 @@ def needs(config: Config, arch: Architecture, kind: str) -> list[Needs]:
     for stage, layers in enumerate(stages(config, arch)):
         first, last = stage == 0, stage == t.pp - 1
         decoder = Decoder(arch, layers, first, last, TensorParallel(0, t.tp), ep, "meta")
-        weights = sum(parameter.nbytes for parameter in decoder.parameters())
+        weights = sum(parameter.nbytes for parameter in decoder.parameters()) + exchanged_bytes(config, arch, kind)
         block = KVCache.bytes_per_block(arch, len(layers), t.tp, tokens)
         found.append(Needs(stage, layers, weights, block, activation_bytes(config, arch, kind, longest, last)))
     return found

@@ -5,6 +5,9 @@ weights at two thirds of the memory's rate, and the small steps around it take n
 batch takes five launches a layer; of a prompt's chunk, rows for other ranks' experts are neither copied nor computed.
 
 Experts are counted from 1 in what travels between ranks: 0 is nobody's. `first` is the number before this rank's first.
+
+Where ranks see each other's memory (`PeerRows`), the kernels exchange rows and sums themselves: whoever makes one
+stores it in the memory of the rank that needs it and adds to a count there, for which that one waits.
 """
 
 import torch
@@ -14,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spmd.model.kernels import gated, launch, wait
+from spmd.parallel.peers import PeerRows
 
 FEW = 256  # tokens up to which an expert's rows are few, so that reading its weights is what takes time
 ROWS = 16  # of a block: most experts' share of a decode batch; those with more take further turns
@@ -21,24 +25,32 @@ OUTS, DEEP, STAGES = 64, 128, 3  # weight rows of a block, its columns of a step
 COLUMNS = 2048  # of a row copied or summed at once
 
 
-def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool) -> Tensor:
+def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool, peers: PeerRows | None = None) -> Tensor:
     """The tokens and where they go, ready to travel: see `spmd.model.moe.Routed.packed`.
 
-    `x` `[T, hidden]` and `logits` `[T, experts]`, of two bytes a number; returns `[rows, hidden + 2 * top_k]`, of which
-    those behind the T-th are nobody's.
+    `x` `[T, hidden]` and `logits` `[T, experts]`, of two bytes a number; returns `[rows, hidden + 2 * top_k]`, of
+    which those behind the T-th are nobody's; with peers `[ranks * rows, …]` in each one's memory, others' come later.
     """
     tokens, hidden = x.shape
     count = logits.shape[1]
-    packed = x.new_empty(rows, hidden + 2 * top_k)
+    if peers:
+        targets, rank = peers.rows(peers.size * rows, x.dtype), peers.rank
+        arrived, expected = peers.arrived(), peers.expected
+    else:
+        targets, rank = (x.new_empty(rows, hidden + 2 * top_k),), 0
+        arrived, expected = targets, targets[0]
     _choose[(rows,)](
-        x, logits, packed, packed.view(torch.int16), tokens, hidden, count, top_k, normalize,
-        triton.next_power_of_2(hidden), triton.next_power_of_2(count), x.is_cuda, num_warps=4, **launch(x),
+        x, logits, targets, tuple(target.view(torch.int16) for target in targets), arrived, expected, tokens,
+        hidden, count, top_k, normalize, *map(triton.next_power_of_2, (hidden, count, top_k)), rank, len(targets),
+        x.is_cuda, num_warps=4, **launch(x),
     )  # fmt: skip
-    return packed
+    return targets[rank]
 
 
-def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) -> Tensor:
+def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerRows | None = None) -> Tensor:
     """This rank's share of the weighted sum of each token's experts, `[T, hidden]`.
+
+    With peers, who must all call it, the sums of all shares, of this rank's tokens alone: `[T / ranks, hidden]`.
 
     Args:
         packed: `[T, hidden + 2 * top_k]`, see `choose`.
@@ -47,25 +59,36 @@ def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) -
     """
     tokens, hidden = len(packed), down.shape[1]
     run = _few if tokens <= FEW else _many
-    found, places = run(packed, top_k, first, gate_up, down)
-    out = packed.new_empty(tokens, hidden)
-    _sum[(tokens, triton.cdiv(hidden, COLUMNS))](
-        found, places, packed, packed.view(torch.int16), out, packed.stride(0),
-        hidden, top_k, first, len(down), places is not None, COLUMNS, out.is_cuda, num_warps=4, **launch(out),
+    found, places = run(packed, top_k, first, gate_up, down, peers)
+    out = packed.new_empty(tokens // peers.size if peers else tokens, hidden)
+    targets, rank = (peers.sums(tokens, out.dtype), peers.rank) if peers else ((out,), 0)
+    arrived, parts = peers.arrived() if peers else targets, triton.cdiv(hidden, COLUMNS)
+    _sum[(tokens, parts)](
+        found, places, packed, packed.view(torch.int16), targets, arrived, packed.stride(0),
+        hidden, top_k, first, len(down), places is not None, COLUMNS, rank, len(targets), out.is_cuda,
+        num_warps=4, **launch(out),
     )  # fmt: skip
+    if peers:
+        _collect[(len(out), parts)](
+            targets[rank], out, arrived[rank], peers.expected, hidden, COLUMNS, peers.size, out.is_cuda,
+            num_warps=4, **launch(out),
+        )  # fmt: skip
     return out
 
 
-def _few(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, None]:
+def _few(
+    packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerRows | None
+) -> tuple[Tensor, None]:
     """Outputs `[T * top_k, hidden]` of each token's experts, in their order; undefined where they aren't here."""
     tokens, stride = packed.shape
     own, hidden, inner = down.shape
     pairs = tokens * top_k
     table = torch.empty(own, tokens, dtype=torch.int32, device=packed.device)
     counts = torch.empty(own, dtype=torch.int32, device=packed.device)
+    arrived, expected = (peers.arrived()[peers.rank], peers.expected) if peers else (counts, counts)
     _list[(own,)](
-        packed.view(torch.int16), table, counts, tokens, stride, hidden, top_k, first,
-        triton.next_power_of_2(pairs), packed.is_cuda, num_warps=4, **launch(packed),
+        packed.view(torch.int16), table, counts, arrived, expected, tokens, stride, hidden, top_k, first,
+        triton.next_power_of_2(pairs), peers.size if peers else 1, packed.is_cuda, num_warps=4, **launch(packed),
     )  # fmt: skip
     middle, found = packed.new_empty(pairs, inner), packed.new_empty(pairs, hidden)
     for x, each, weight, halves, out in ((packed, top_k, gate_up, 2, middle), (middle, 1, down, 1, found)):
@@ -77,12 +100,16 @@ def _few(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) 
     return found, None
 
 
-def _many(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def _many(
+    packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerRows | None
+) -> tuple[Tensor, Tensor]:
     """Outputs, expert after expert, and in which place those of each token are, `[T * top_k]`.
 
     The host need not know how many rows an expert gets: the products read where they end.
     """
     own, hidden = down.shape[:2]
+    if peers:
+        _stay[(1,)](peers.arrived()[peers.rank], peers.expected, peers.size, num_warps=1)
     numbers = packed.view(torch.int16)[:, -top_k:]
     chosen, order = ((numbers.flatten() - (first + 1)) & 0x7FFF).sort(stable=True)  # others' come behind
     wanted = torch.arange(own, dtype=chosen.dtype, device=packed.device)
@@ -100,42 +127,75 @@ def _many(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor)
 
 
 @triton.jit
+def _await(arrived, target, ranks: tl.constexpr):
+    """Until each rank's count in this one's memory is `target`: what was stored before it grew can be read."""
+    for rank in tl.static_range(ranks):
+        seen = tl.atomic_add(arrived + rank, 0, sem="acquire", scope="sys")
+        while seen < target:
+            seen = tl.atomic_add(arrived + rank, 0, sem="acquire", scope="sys")
+
+
+@triton.jit
+def _tell(arrived):
+    """Add to a count, after all that this thread block has stored."""
+    tl.debug_barrier()  # else only the thread that adds would be known to have stored
+    tl.atomic_add(arrived, 1, sem="release", scope="sys")
+
+
+@triton.jit
+def _stay(arrived, expected, ranks: tl.constexpr):
+    """For kernels behind it that don't wait for rows themselves."""
+    _await(arrived, tl.load(expected), ranks)
+
+
+@triton.jit
 def _choose(
-    x, logits, packed, numbers, tokens,
+    x, logits, targets, numbers, arrived, expected, tokens,
     hidden: tl.constexpr, count: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr,
-    width: tl.constexpr, experts: tl.constexpr, early: tl.constexpr,
+    width: tl.constexpr, experts: tl.constexpr, choices: tl.constexpr,
+    own: tl.constexpr, ranks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
+    """The same row in all targets, which are the ranks' or, with one, only its own; `numbers` are these in int16."""
     wait(early)
     row = tl.program_id(0).to(tl.int64)
     here = (row < tokens).to(tl.int32)  # nobody's rows are zeros
     column, expert = tl.arange(0, width), tl.arange(0, experts)
-    target = row * (hidden + 2 * top_k)
-    tl.store(packed + target + column, tl.load(x + row * hidden + column, column < hidden * here, 0), column < hidden)
+    place = (row + own * tl.num_programs(0)) * (hidden + 2 * top_k)
+    values = tl.load(x + row * hidden + column, column < hidden * here, 0)
     logit = tl.load(logits + row * count + expert, expert < count * here, 0).to(tl.float32)
     logit = tl.where(expert < count, logit, -float("inf"))
     power = tl.exp(logit - tl.max(logit, 0))
-    left, total = power, tl.sum(power, 0)
-    if normalize:
-        total = 0.0
-        for _ in tl.static_range(top_k):
-            best = tl.max(left, 0)
-            total += best
-            left = tl.where(expert == tl.argmax(left, 0), -1.0, left)
-    left = power
+    total = tl.sum(power, 0)
+    choice = tl.arange(0, choices)
+    weights, chosen = tl.zeros([choices], tl.float32), tl.zeros([choices], tl.int32)
     for k in tl.static_range(top_k):
-        index = tl.argmax(left, 0)
-        tl.store(packed + target + hidden + k, tl.max(left, 0) / total)
-        tl.store(numbers + target + hidden + top_k + k, ((index + 1) * here).to(tl.int16))
-        left = tl.where(expert == index, -1.0, left)
+        best, index = tl.max(power, 0, return_indices=True)
+        weights = tl.where(choice == k, best, weights)
+        chosen = tl.where(choice == k, (index + 1) * here, chosen)
+        power = tl.where(expert == index, -1.0, power)
+    if normalize:
+        total = tl.sum(weights, 0)
+    if ranks > 1:
+        tl.atomic_add(expected, tl.num_programs(0), row == 0)
+    for rank in tl.static_range(ranks):
+        tl.store(targets[rank] + place + column, values, column < hidden)
+        tl.store(targets[rank] + place + hidden + choice, weights / total, choice < top_k)
+        tl.store(numbers[rank] + place + hidden + top_k + choice, chosen.to(tl.int16), choice < top_k)
+    if ranks > 1:
+        for rank in tl.static_range(ranks):
+            _tell(arrived[rank] + own)
 
 
 @triton.jit
 def _list(
-    numbers, table, counts, tokens, stride,
-    hidden: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, width: tl.constexpr, early: tl.constexpr,
+    numbers, table, counts, arrived, expected, tokens, stride,
+    hidden: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, width: tl.constexpr,
+    ranks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """The pairs of token and choice that went to each own expert, in their order."""
     wait(early)
+    if ranks > 1:
+        _await(arrived, tl.load(expected), ranks)
     own = tl.program_id(0)
     pair = tl.arange(0, width)
     source = numbers + (pair // top_k) * stride + hidden + top_k + pair % top_k
@@ -197,20 +257,46 @@ def _gather(
 
 @triton.jit
 def _sum(
-    found, places, packed, numbers, out, stride,
-    hidden: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, own: tl.constexpr,
-    ordered: tl.constexpr, at_once: tl.constexpr, early: tl.constexpr,
+    found, places, packed, numbers, targets, arrived, stride,
+    hidden: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, experts: tl.constexpr,
+    ordered: tl.constexpr, at_once: tl.constexpr,
+    own: tl.constexpr, ranks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
+    """Of several ranks' rows each into the target of the rank whose it is."""
     wait(early)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * at_once + tl.arange(0, at_once)
     total = tl.zeros([at_once], tl.float32)
     for k in tl.static_range(top_k):
         number = tl.load(numbers + row * stride + hidden + top_k + k)
-        here = ((number > first) & (number <= first + own)).to(tl.int32)
+        here = ((number > first) & (number <= first + experts)).to(tl.int32)
         place = row * top_k + k
         if ordered:
             place = tl.load(places + place).to(tl.int64)
         weight = tl.load(packed + row * stride + hidden + k).to(tl.float32)
         total += weight * tl.load(found + place * hidden + column, column < hidden * here, 0).to(tl.float32)
+    rows = tl.num_programs(0) // ranks
+    place = (own * rows + row % rows) * hidden
+    for rank in tl.static_range(ranks):
+        target = targets[rank]
+        if row // rows == rank:
+            tl.store(target + place + column, total.to(target.dtype.element_ty), column < hidden)
+            if ranks > 1:
+                _tell(arrived[rank] + ranks + own)
+
+
+@triton.jit
+def _collect(
+    sums, out, arrived, expected,
+    hidden: tl.constexpr, at_once: tl.constexpr, ranks: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """Each rank's share of this rank's rows, added up in the order of ranks."""
+    wait(early)
+    _await(arrived + ranks, tl.load(expected) * tl.num_programs(1), ranks)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * at_once + tl.arange(0, at_once)
+    total = tl.zeros([at_once], tl.float32)
+    for rank in tl.static_range(ranks):
+        source = sums + (rank * tl.num_programs(0) + row) * hidden + column
+        total += tl.load(source, column < hidden, 0).to(tl.float32)
     tl.store(out + row * hidden + column, total.to(out.dtype.element_ty), column < hidden)

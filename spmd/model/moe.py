@@ -18,6 +18,7 @@ from spmd.model.architecture import Architecture
 from spmd.model.backend import Backend
 from spmd.model.weights import Piece, Weights, empty, linear, shard, whole
 from spmd.parallel.experts import ExpertParallel
+from spmd.parallel.peers import PeerRows
 from spmd.parallel.tensor import TensorParallel
 
 
@@ -60,11 +61,11 @@ class Router(Weights):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Routed(x, weights.to(x.dtype), experts)
 
-    def by_kernel(self, x: Tensor, rows: int) -> Tensor:
-        """The same, packed, in bfloat16 on a GPU; padded to `rows` rows that are nobody's."""
+    def by_kernel(self, x: Tensor, rows: int, peers: PeerRows | None) -> Tensor:
+        """The same, packed, in bfloat16 on a GPU; padded to `rows` rows that are nobody's. With peers, also theirs."""
         from spmd.model.mixture import choose
 
-        return choose(x, F.linear(x, self.weight), rows, self.top_k, self.normalize)
+        return choose(x, F.linear(x, self.weight), rows, self.top_k, self.normalize, peers)
 
     def pieces(self, own: str) -> Iterator[Piece]:
         yield whole(f"{own}.weight", self.weight)
@@ -102,12 +103,15 @@ class Experts(Weights):
                 outputs[places] = linear(inner, self.down_proj[expert])
         return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
-    def by_kernels(self, packed: Tensor, top_k: int) -> Tensor:
-        """The same of `Routed.packed` in bfloat16 on a GPU; the host need not know how many tokens an expert gets."""
+    def by_kernels(self, packed: Tensor, top_k: int, peers: PeerRows | None = None) -> Tensor:
+        """The same of `Routed.packed` in bfloat16 on a GPU; the host need not know how many tokens an expert gets.
+
+        With peers, the sums of all ranks' shares, of this rank's tokens alone.
+        """
         from spmd.model.mixture import mix
 
         assert isinstance(self.gate_up_proj, Tensor) and isinstance(self.down_proj, Tensor)
-        return mix(packed, top_k, self.owned.start, self.gate_up_proj, self.down_proj)
+        return mix(packed, top_k, self.owned.start, self.gate_up_proj, self.down_proj, peers)
 
     def pieces(self, own: str) -> Iterator[Piece]:
         """One tensor an expert and projection, as checkpoints have it."""
@@ -146,11 +150,17 @@ class SparseMLP(nn.Module):
         rows = len(x) if self.ep.group is None else shared_rows
         assert rows is not None, "replicas that share experts must agree on their rows"
         if x.is_cuda and x.dtype == torch.bfloat16:
-            packed = self.ep.gather(self.gate.by_kernel(x, rows), rows)
-            sums = self.experts.by_kernels(packed, self.gate.top_k)
+            sums = self._by_kernels(x, rows)
         else:
             routed = self.gate(x)
             if self.ep.group is not None:
                 routed = Routed.unpacked(self.ep.gather(routed.packed(), rows), self.gate.top_k)
-            sums = self.experts(routed, backend)
-        return self.tp.all_reduce(self.ep.scatter_sum(sums)[: len(x)])
+            sums = self.ep.scatter_sum(self.experts(routed, backend))
+        return self.tp.all_reduce(sums[: len(x)])
+
+    def _by_kernels(self, x: Tensor, rows: int) -> Tensor:
+        peers = self.ep.room(rows)
+        packed = self.gate.by_kernel(x, rows, peers)
+        if peers:
+            return self.experts.by_kernels(packed, self.gate.top_k, peers)
+        return self.ep.scatter_sum(self.experts.by_kernels(self.ep.gather(packed, rows), self.gate.top_k))

@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from spmd.parallel.peers import PeerRows
+
 # PyTorch 2.13 warns of the old names, 2.11 and 2.12 have no others.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -19,17 +21,23 @@ class ExpertParallel:
     """This rank's place, `dp_rank * tp + tp_rank`, among the `size` = `dp * tp` ranks of its stage.
 
     `group` joins the ranks of equal tp_rank, one of each replica; None if there is one replica. Ranks that differ in
-    tp_rank see the same tokens and need no gathering.
+    tp_rank see the same tokens and need no gathering. With `peers`, memory that these ranks share, kernels do what
+    `gather` and `scatter_sum` do.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    peers: PeerRows | None = None
 
     def owned(self, num_experts: int) -> range:
         """The experts of each layer that this rank holds, of `num_experts`, which `size` divides."""
         count = num_experts // self.size
         return range(self.rank * count, (self.rank + 1) * count)
+
+    def room(self, rows: int) -> PeerRows | None:
+        """The shared memory, if it takes `rows` rows of each replica."""
+        return self.peers if self.peers and rows * self.peers.size <= self.peers.capacity else None
 
     def gather(self, x: Tensor, rows: int) -> Tensor:
         """`x` `[T, columns]` of every replica, each padded with zeros to `rows` rows: `[dp * rows, columns]`."""

@@ -1,0 +1,74 @@
+"""Memory in which the GPUs of one host leave rows for each other: for the experts that replicas share.
+
+A decode tick exchanges about 100 tensors of a few hundred kilobytes. Each of NCCL's collectives takes a launch that
+can't start early, and a protocol of its own; here the kernel that makes a row stores it where it is wanted, and the one
+that needs the rows waits for a count (`spmd.model.mixture`). A rank overwrites nothing that another still reads: before
+it sends the next rows it has the sums of the last, for which all others have read the rows, and the other way round.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ALIGNED = 256  # bytes
+
+
+@dataclass(frozen=True)
+class PeerRows:
+    """The memory of each rank as this one sees it. It begins with two counts a rank: of rows, and of sums, from it."""
+
+    rank: int
+    capacity: int  # rows of all ranks together
+    columns: int  # of a row, in two bytes each
+    width: int  # of a sum, likewise
+    memories: list[Tensor]  # of each rank: uint8, see `size_of`
+    expected: Tensor  # int64 [1]: rows that each rank has sent so far, with those of this exchange
+
+    @property
+    def size(self) -> int:
+        return len(self.memories)
+
+    def rows(self, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Of each rank `[count, columns]`, where all ranks leave their rows."""
+        return self._views(_aligned(16 * self.size), (count, self.columns), dtype)
+
+    def sums(self, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Of each rank `[count, width]`, where all ranks leave what they add to the sums of its rows."""
+        at = _aligned(16 * self.size) + _aligned(2 * self.capacity * self.columns)
+        return self._views(at, (count, self.width), dtype)
+
+    def arrived(self) -> tuple[Tensor, ...]:
+        """Of each rank `[2 * ranks]`, int64: how many rows, and then sums, came from each."""
+        return self._views(0, (2 * self.size,), torch.int64)
+
+    def _views(self, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        end = at + math.prod(shape) * dtype.itemsize
+        return tuple(memory[at:end].view(dtype).view(shape) for memory in self.memories)
+
+
+def size_of(ranks: int, capacity: int, columns: int, width: int) -> int:
+    """Bytes of each rank's memory, see `PeerRows`."""
+    return _aligned(16 * ranks) + _aligned(2 * capacity * columns) + _aligned(2 * capacity * width)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNED) * ALIGNED
+
+
+def share(group: dist.ProcessGroup, capacity: int, columns: int, width: int, device: torch.device) -> PeerRows:
+    """Make it; all ranks of the group must call this.
+
+    Raises:
+        RuntimeError: the GPUs don't see each other's memory.
+    """
+    import torch.distributed._symmetric_memory as symmetric
+
+    size, ranks = size_of(group.size(), capacity, columns, width), range(group.size())
+    memory = symmetric.empty(size, dtype=torch.uint8, device=device).zero_()
+    torch.cuda.synchronize(device)
+    handle = symmetric.rendezvous(memory, group)  # when it returns, all have zeroed theirs
+    memories = [memory if rank == group.rank() else handle.get_buffer(rank, (size,), torch.uint8) for rank in ranks]
+    return PeerRows(group.rank(), capacity, columns, width, memories, torch.zeros(1, dtype=torch.int64, device=device))
