@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GATED_AT_ONCE = 2048  # columns of a thread block
+GATED_AT_ONCE = 2048  # columns of a thread block at most
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -37,10 +37,10 @@ def gated(gate_up: Tensor, known: Tensor | None = None) -> Tensor:
     rows, inner = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     if rows:
-        grid = (rows, triton.cdiv(inner, GATED_AT_ONCE))
-        _gated[grid](
-            gate_up, out, known, inner, GATED_AT_ONCE, known is not None, gate_up.is_cuda,
-            num_warps=8, **launch(gate_up),
+        at_once = min(GATED_AT_ONCE, triton.next_power_of_2(inner))
+        _gated[(rows, triton.cdiv(inner, at_once))](
+            gate_up, out, known, inner, at_once, known is not None, gate_up.is_cuda,
+            num_warps=max(1, at_once // 256), **launch(gate_up),
         )  # fmt: skip
     return out
 

@@ -42,7 +42,7 @@ def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool, pe
     _choose[(rows,)](
         x, logits, targets, tuple(target.view(torch.int16) for target in targets), arrived, expected, tokens,
         hidden, count, top_k, normalize, *map(triton.next_power_of_2, (hidden, count, top_k)), rank, len(targets),
-        x.is_cuda, num_warps=4, **launch(x),
+        x.is_cuda, num_warps=1, **launch(x),
     )  # fmt: skip
     return targets[rank]
 
