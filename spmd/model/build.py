@@ -1,7 +1,6 @@
 """From a configuration to one rank's stage: weights loaded, KV cache sized, kernels compiled, graphs captured."""
 
 import math
-import socket
 from dataclasses import replace
 
 import torch
@@ -27,7 +26,7 @@ from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.groups import Groups
 from spmd.parallel.hidden import HiddenChannel
-from spmd.parallel.peers import share, size_of
+from spmd.parallel.peers import share, size_of, within_reach
 from spmd.parallel.symmetric import SymmetricBuffer
 from spmd.parallel.tensor import TensorParallel
 from spmd.topology import Topology, split_layers
@@ -73,7 +72,7 @@ def _expert_parallel(
     config: Config, arch: Architecture, topology: Topology, groups: Groups, device: torch.device
 ) -> ExpertParallel:
     place, group, peers = topology.dp_rank * topology.tp + topology.tp_rank, groups.experts, None
-    if group and exchanged_bytes(config, arch, device.type) and _on_one_host(group):
+    if group and exchanged_bytes(config, arch, device.type) and within_reach(group, device):
         peers = share(group, *_exchanged(config, arch), device)
     return ExpertParallel(place, topology.dp * topology.tp, group, peers)
 
@@ -92,16 +91,10 @@ def _exchanged(config: Config, arch: Architecture) -> tuple[int, int, int]:
 
 
 def _symmetric(arch: Architecture, groups: Groups, device: torch.device) -> SymmetricBuffer | None:
-    """Memory in which the GPUs of a tensor group sum, if there is one and all of it is on this host."""
-    if groups.tensor is None or device.type != "cuda" or not _on_one_host(groups.tensor):
+    """Memory in which the GPUs of a tensor group sum, if there is one and they see each other's."""
+    if groups.tensor is None or device.type != "cuda" or not within_reach(groups.tensor, device):
         return None
     return SymmetricBuffer(groups.tensor, arch.dtype, device)
-
-
-def _on_one_host(group: dist.ProcessGroup) -> bool:
-    hosts: list[str | None] = [None] * group.size()
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    return len(set(hosts)) == 1
 
 
 def count_blocks(config: Config, arch: Architecture, topology: Topology, device: torch.device) -> int:

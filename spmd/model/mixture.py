@@ -2,7 +2,8 @@
 
 torch's `grouped_mm` does the products of many rows well; of a decode batch's few, about eight an expert, it reads the
 weights at two thirds of the memory's rate, and the small steps around it take nearly as long again. Here a decode
-batch takes five launches a layer; of a prompt's chunk, rows for other ranks' experts are neither copied nor computed.
+batch takes five launches a layer, six with an exchange; of a prompt's chunk, rows for other ranks' experts are neither
+copied nor computed.
 
 Experts are counted from 1 in what travels between ranks: 0 is nobody's. `first` is the number before this rank's first.
 

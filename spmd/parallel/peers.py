@@ -7,7 +7,9 @@ it sends the next rows it has the sums of the last, for which all others have re
 """
 
 import math
+import socket
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 import torch.distributed as dist
@@ -58,12 +60,16 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNED) * ALIGNED
 
 
-def share(group: dist.ProcessGroup, capacity: int, columns: int, width: int, device: torch.device) -> PeerRows:
-    """Make it; all ranks of the group must call this.
+def within_reach(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the GPUs of a group's ranks, this one's is `device`, see each other's memory; equal on all of them."""
+    places: list[tuple[str, int]] = [("", 0)] * group.size()
+    dist.all_gather_object(places, (socket.gethostname(), device.index), group=group)
+    hosts, gpus = zip(*places, strict=True)
+    return len(set(hosts)) == 1 and all(torch.cuda.can_device_access_peer(*pair) for pair in permutations(gpus, 2))
 
-    Raises:
-        RuntimeError: the GPUs don't see each other's memory.
-    """
+
+def share(group: dist.ProcessGroup, capacity: int, columns: int, width: int, device: torch.device) -> PeerRows:
+    """Make it, where ranks are `within_reach`; all of the group must call this."""
     import torch.distributed._symmetric_memory as symmetric
 
     size, ranks = size_of(group.size(), capacity, columns, width), range(group.size())

@@ -15,11 +15,7 @@ class SymmetricBuffer:
     """Room for one tensor at the same place on all ranks of a group. Sums are written where the parts were."""
 
     def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> None:
-        """Joins the group's ranks, which must all call it.
-
-        Raises:
-            RuntimeError: the GPUs don't see each other's memory.
-        """
+        """Joins the group's ranks, which must all call it and be `spmd.parallel.peers.within_reach`."""
         import torch.distributed._symmetric_memory as symmetric
 
         self.memory = symmetric.empty(MAX_BYTES // dtype.itemsize, dtype=dtype, device=device)

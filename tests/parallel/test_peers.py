@@ -1,9 +1,15 @@
-"""Where ranks leave rows for each other: three places that don't overlap, and what doesn't fit."""
+"""Where ranks leave rows for each other: places that don't overlap, what doesn't fit, and who can have such memory."""
 
+from unittest.mock import patch
+
+import pytest
 import torch
+import torch.distributed as dist
+from ranks import Ranks
 
 from spmd.parallel.experts import ExpertParallel
-from spmd.parallel.peers import PeerRows, size_of
+from spmd.parallel.groups import join
+from spmd.parallel.peers import PeerRows, size_of, within_reach
 
 RANKS, CAPACITY, COLUMNS, WIDTH = 3, 12, 10, 7
 
@@ -29,3 +35,21 @@ def test_few_rows_have_room() -> None:
     shared = ExpertParallel(1, RANKS, None, peers)
     assert shared.room(CAPACITY // RANKS) is peers and shared.room(CAPACITY // RANKS + 1) is None
     assert ExpertParallel().room(1) is None
+
+
+def asked(rank: int, hosts: list[str], apart: tuple[int, int]) -> bool:
+    """What a rank finds out where the GPUs `apart` don't see each other."""
+    join()
+    with (
+        patch("socket.gethostname", lambda: hosts[rank]),
+        patch("torch.cuda.can_device_access_peer", lambda *pair: pair != apart),
+    ):
+        return within_reach(dist.group.WORLD, torch.device("cuda", rank))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "apart", "reached"),
+    [(["a", "a", "a"], (0, 0), True), (["a", "a", "b"], (0, 0), False), (["a", "a", "a"], (2, 0), False)],
+)
+def test_all_must_see_each_other(ranks: Ranks, hosts: list[str], apart: tuple[int, int], reached: bool) -> None:
+    assert ranks.run(3, asked, hosts, apart) == [reached] * 3
