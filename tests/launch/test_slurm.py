@@ -69,9 +69,15 @@ def array(slurm: Cluster, folder: Path) -> str:
     """An array of two jobs, on two nodes each, whose ranks srun starts itself; both are cut short."""
     options = {"NODES": 2, "GPUS": 1, "CPUS": 1, "NATIVE": 1, "ARRAY": 2}
     array = make_slurm(slurm, folder, "topology=pp2 output=whole.jsonl", **options)
-    for part, end in enumerate([lambda job: slurm.run("scontrol", "requeue", job), slurm.warn]):
-        until_it_answers(slurm, folder, f"{array}_{part}", f"whole-0000{part}-of-00002.jsonl")
-        end(f"{array}_{part}")
+    ends = {0: lambda job: slurm.run("scontrol", "requeue", job), 1: slurm.warn}
+
+    def none_is_left() -> bool:
+        """Ends each that answers, in whichever order they start: one takes no longer than the other may be late."""
+        for part in [part for part in ends if answered(folder / f"whole-0000{part}-of-00002.jsonl") > 20]:
+            ends.pop(part)(f"{array}_{part}")
+        return not ends
+
+    until(none_is_left, f"answers of jobs {array}_0 and {array}_1")
     until(lambda: all(slurm.job(f"{array}_{part}")["Restarts"] == "1" for part in range(2)), "the requeues")
     return array
 
