@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 GATED_AT_ONCE = 2048  # columns of a thread block at most
+MANY = 4096  # rows from which on a thread block takes more than one: to start one for each costs more than its work
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -37,9 +38,9 @@ def gated(gate_up: Tensor, known: Tensor | None = None) -> Tensor:
     rows, inner = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     if rows:
-        at_once = min(GATED_AT_ONCE, triton.next_power_of_2(inner))
-        _gated[(rows, triton.cdiv(inner, at_once))](
-            gate_up, out, known, inner, at_once, known is not None, gate_up.is_cuda,
+        at_once, group = min(GATED_AT_ONCE, triton.next_power_of_2(inner)), 4 if rows >= MANY else 1
+        _gated[(triton.cdiv(rows, group), triton.cdiv(inner, at_once))](
+            gate_up, out, known, rows, inner, at_once, group, known is not None, gate_up.is_cuda,
             num_warps=max(1, at_once // 256), **launch(gate_up),
         )  # fmt: skip
     return out
@@ -131,16 +132,16 @@ def _add_norm(
 
 @triton.jit
 def _gated(
-    gate_up, out, known,
-    inner: tl.constexpr, at_once: tl.constexpr, limited: tl.constexpr, early: tl.constexpr,
+    gate_up, out, known, rows,
+    inner: tl.constexpr, at_once: tl.constexpr, group: tl.constexpr, limited: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * at_once + tl.arange(0, at_once)
-    inside = column < inner
+    row = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)[:, None]
+    column = tl.program_id(1) * at_once + tl.arange(0, at_once)[None, :]
     source = gate_up + row * 2 * inner + column
     wait(early)
     if limited:
-        inside = column < tl.where(row < tl.load(known), inner, 0)
+        rows = tl.minimum(rows, tl.load(known))
+    inside = (row < rows) & (column < inner)
     gate, up = tl.load(source, inside, 0).to(tl.float32), tl.load(source + inner, inside, 0).to(tl.float32)
     tl.store(out + row * inner + column, gate / (1 + tl.exp(-gate)) * up, inside)
 

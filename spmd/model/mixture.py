@@ -24,6 +24,7 @@ FEW = 256  # tokens up to which an expert's rows are few, so that reading its we
 ROWS = 16  # of a block: most experts' share of a decode batch; those with more take further turns
 OUTS, DEEP, STAGES = 64, 128, 3  # weight rows of a block, its columns of a step, steps in flight
 COLUMNS = 2048  # of a row copied or summed at once
+GROUP = 8  # rows of a chunk that are counted at once: each count in another GPU's memory takes about 10 ns
 
 
 def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool, peers: PeerRows | None = None) -> Tensor:
@@ -40,10 +41,11 @@ def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool, pe
     else:
         targets, rank = (x.new_empty(rows, hidden + 2 * top_k),), 0
         arrived, expected = targets, targets[0]
-    _choose[(rows,)](
-        x, logits, targets, tuple(target.view(torch.int16) for target in targets), arrived, expected, tokens,
-        hidden, count, top_k, normalize, *map(triton.next_power_of_2, (hidden, count, top_k)), rank, len(targets),
-        x.is_cuda, num_warps=1, **launch(x),
+    group = _group(rows)
+    _choose[(triton.cdiv(rows, group),)](
+        x, logits, targets, tuple(target.view(torch.int16) for target in targets), arrived, expected, tokens, rows,
+        hidden, count, top_k, normalize, *map(triton.next_power_of_2, (hidden, count, top_k)), group, rank,
+        len(targets), x.is_cuda, num_warps=1, **launch(x),
     )  # fmt: skip
     return targets[rank]
 
@@ -63,10 +65,10 @@ def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, p
     found, places = run(packed, top_k, first, gate_up, down, peers)
     out = packed.new_empty(tokens // peers.size if peers else tokens, hidden)
     targets, rank = (peers.sums(tokens, out.dtype), peers.rank) if peers else ((out,), 0)
-    arrived, parts = peers.arrived() if peers else targets, triton.cdiv(hidden, COLUMNS)
-    _sum[(tokens, parts)](
-        found, places, packed, packed.view(torch.int16), targets, arrived, packed.stride(0),
-        hidden, top_k, first, len(down), places is not None, COLUMNS, rank, len(targets), out.is_cuda,
+    arrived, parts, group = peers.arrived() if peers else targets, triton.cdiv(hidden, COLUMNS), _group(len(out))
+    _sum[(triton.cdiv(len(out), group), parts, len(targets))](
+        found, places, packed, packed.view(torch.int16), targets, arrived, len(out), packed.stride(0),
+        hidden, top_k, first, len(down), places is not None, COLUMNS, group, rank, len(targets), out.is_cuda,
         num_warps=4, **launch(out),
     )  # fmt: skip
     if peers:
@@ -75,6 +77,11 @@ def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, p
             num_warps=4, **launch(out),
         )  # fmt: skip
     return out
+
+
+def _group(rows: int) -> int:
+    """Rows of a thread block: of few one, to have them all at once."""
+    return 1 if rows <= FEW else GROUP
 
 
 def _few(
@@ -137,10 +144,10 @@ def _await(arrived, target, ranks: tl.constexpr):
 
 
 @triton.jit
-def _tell(arrived):
+def _tell(arrived, count):
     """Add to a count, after all that this thread block has stored."""
     tl.debug_barrier()  # else only the thread that adds would be known to have stored
-    tl.atomic_add(arrived, 1, sem="release", scope="sys")
+    tl.atomic_add(arrived, count, sem="release", scope="sys")
 
 
 @triton.jit
@@ -151,40 +158,42 @@ def _stay(arrived, expected, ranks: tl.constexpr):
 
 @triton.jit
 def _choose(
-    x, logits, targets, numbers, arrived, expected, tokens,
+    x, logits, targets, numbers, arrived, expected, tokens, rows,
     hidden: tl.constexpr, count: tl.constexpr, top_k: tl.constexpr, normalize: tl.constexpr,
     width: tl.constexpr, experts: tl.constexpr, choices: tl.constexpr,
-    own: tl.constexpr, ranks: tl.constexpr, early: tl.constexpr,
+    group: tl.constexpr, own: tl.constexpr, ranks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """The same row in all targets, which are the ranks' or, with one, only its own; `numbers` are these in int16."""
     wait(early)
-    row = tl.program_id(0).to(tl.int64)
-    here = (row < tokens).to(tl.int32)  # nobody's rows are zeros
-    column, expert = tl.arange(0, width), tl.arange(0, experts)
-    place = (row + own * tl.num_programs(0)) * (hidden + 2 * top_k)
-    values = tl.load(x + row * hidden + column, column < hidden * here, 0)
-    logit = tl.load(logits + row * count + expert, expert < count * here, 0).to(tl.float32)
-    logit = tl.where(expert < count, logit, -float("inf"))
-    power = tl.exp(logit - tl.max(logit, 0))
-    total = tl.sum(power, 0)
-    choice = tl.arange(0, choices)
-    weights, chosen = tl.zeros([choices], tl.float32), tl.zeros([choices], tl.int32)
-    for k in tl.static_range(top_k):
-        best, index = tl.max(power, 0, return_indices=True)
-        weights = tl.where(choice == k, best, weights)
-        chosen = tl.where(choice == k, (index + 1) * here, chosen)
-        power = tl.where(expert == index, -1.0, power)
-    if normalize:
-        total = tl.sum(weights, 0)
+    column, expert, choice = tl.arange(0, width), tl.arange(0, experts), tl.arange(0, choices)
+    first = tl.program_id(0) * group
+    for i in range(group):
+        row = (first + i).to(tl.int64)
+        if row < rows:
+            here = (row < tokens).to(tl.int32)  # nobody's rows are zeros
+            place = (row + own * rows) * (hidden + 2 * top_k)
+            logit = tl.load(logits + row * count + expert, expert < count * here, 0).to(tl.float32)
+            values = tl.load(x + row * hidden + column, column < hidden * here, 0)
+            for rank in tl.static_range(ranks):  # they travel while experts are chosen
+                tl.store(targets[rank] + place + column, values, column < hidden)
+            logit = tl.where(expert < count, logit, -float("inf"))
+            power = tl.exp(logit - tl.max(logit, 0))
+            total = tl.sum(power, 0)
+            weights, chosen = tl.zeros([choices], tl.float32), tl.zeros([choices], tl.int32)
+            for k in tl.static_range(top_k):
+                best, index = tl.max(power, 0, return_indices=True)
+                weights = tl.where(choice == k, best, weights)
+                chosen = tl.where(choice == k, (index + 1) * here, chosen)
+                power = tl.where(expert == index, -1.0, power)
+            if normalize:
+                total = tl.sum(weights, 0)
+            for rank in tl.static_range(ranks):
+                tl.store(targets[rank] + place + hidden + choice, weights / total, choice < top_k)
+                tl.store(numbers[rank] + place + hidden + top_k + choice, chosen.to(tl.int16), choice < top_k)
     if ranks > 1:
-        tl.atomic_add(expected, tl.num_programs(0), row == 0)
-    for rank in tl.static_range(ranks):
-        tl.store(targets[rank] + place + column, values, column < hidden)
-        tl.store(targets[rank] + place + hidden + choice, weights / total, choice < top_k)
-        tl.store(numbers[rank] + place + hidden + top_k + choice, chosen.to(tl.int16), choice < top_k)
-    if ranks > 1:
+        tl.atomic_add(expected, rows, first == 0)
         for rank in tl.static_range(ranks):
-            _tell(arrived[rank] + own)
+            _tell(arrived[rank] + own, tl.minimum(group, rows - first))
 
 
 @triton.jit
@@ -258,32 +267,36 @@ def _gather(
 
 @triton.jit
 def _sum(
-    found, places, packed, numbers, targets, arrived, stride,
+    found, places, packed, numbers, targets, arrived, rows, stride,
     hidden: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, experts: tl.constexpr,
-    ordered: tl.constexpr, at_once: tl.constexpr,
+    ordered: tl.constexpr, at_once: tl.constexpr, group: tl.constexpr,
     own: tl.constexpr, ranks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Of several ranks' rows each into the target of the rank whose it is."""
     wait(early)
-    row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * at_once + tl.arange(0, at_once)
-    total = tl.zeros([at_once], tl.float32)
-    for k in tl.static_range(top_k):
-        number = tl.load(numbers + row * stride + hidden + top_k + k)
-        here = ((number > first) & (number <= first + experts)).to(tl.int32)
-        place = row * top_k + k
-        if ordered:
-            place = tl.load(places + place).to(tl.int64)
-        weight = tl.load(packed + row * stride + hidden + k).to(tl.float32)
-        total += weight * tl.load(found + place * hidden + column, column < hidden * here, 0).to(tl.float32)
-    rows = tl.num_programs(0) // ranks
-    place = (own * rows + row % rows) * hidden
-    for rank in tl.static_range(ranks):
-        target = targets[rank]
-        if row // rows == rank:
-            tl.store(target + place + column, total.to(target.dtype.element_ty), column < hidden)
-            if ranks > 1:
-                _tell(arrived[rank] + ranks + own)
+    whose = tl.program_id(2)
+    start = tl.program_id(0) * group
+    for i in range(group):
+        if start + i < rows:
+            row = (whose * rows + start + i).to(tl.int64)
+            total = tl.zeros([at_once], tl.float32)
+            for k in tl.static_range(top_k):
+                number = tl.load(numbers + row * stride + hidden + top_k + k)
+                here = ((number > first) & (number <= first + experts)).to(tl.int32)
+                place = row * top_k + k
+                if ordered:
+                    place = tl.load(places + place).to(tl.int64)
+                weight = tl.load(packed + row * stride + hidden + k).to(tl.float32)
+                total += weight * tl.load(found + place * hidden + column, column < hidden * here, 0).to(tl.float32)
+            for rank in tl.static_range(ranks):
+                if whose == rank:
+                    target = targets[rank] + (own * rows + start + i).to(tl.int64) * hidden + column
+                    tl.store(target, total.to(targets[rank].dtype.element_ty), column < hidden)
+    if ranks > 1:
+        for rank in tl.static_range(ranks):
+            if whose == rank:
+                _tell(arrived[rank] + ranks + own, tl.minimum(group, rows - start))
 
 
 @triton.jit

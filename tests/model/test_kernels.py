@@ -94,10 +94,15 @@ def test_add_norm(rows: int, size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("inner", [64, 2304, 4096])
-@pytest.mark.parametrize("rows", [0, 1, 9])
-def test_gated(rows: int, inner: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "many"), [(0, 4096), (1, 4096), (9, 4096), (9, 8)])
+def test_gated(rows: int, many: int, inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spmd.model import kernels
     from spmd.model.kernels import gated
 
+    monkeypatch.setattr(kernels, "MANY", many)
     gate_up = 3 * drawn(rows, 2 * inner, dtype=dtype)
     gate, up = gate_up.float().chunk(2, dim=1)
-    torch.testing.assert_close(gated(gate_up), (F.silu(gate) * up).to(dtype), **TOLERANCE[dtype])
+    expected = (F.silu(gate) * up).to(dtype)
+    torch.testing.assert_close(gated(gate_up), expected, **TOLERANCE[dtype])
+    known = torch.tensor([5], dtype=torch.int32, device=DEVICE)
+    torch.testing.assert_close(gated(gate_up, known)[:5], expected[:5], **TOLERANCE[dtype])
