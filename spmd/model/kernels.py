@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 GATED_AT_ONCE = 2048  # columns of a thread block at most
-MANY = 4096  # rows from which on a thread block takes more than one: to start one for each costs more than its work
+MANY = 4096  # rows from which on a thread block takes four, if they are narrow: its start costs more than one's work
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,8 @@ def gated(gate_up: Tensor, known: Tensor | None = None) -> Tensor:
     rows, inner = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     if rows:
-        at_once, group = min(GATED_AT_ONCE, triton.next_power_of_2(inner)), 4 if rows >= MANY else 1
+        at_once = min(GATED_AT_ONCE, triton.next_power_of_2(inner))
+        group = 4 if rows >= MANY and at_once < GATED_AT_ONCE else 1
         _gated[(triton.cdiv(rows, group), triton.cdiv(inner, at_once))](
             gate_up, out, known, rows, inner, at_once, group, known is not None, gate_up.is_cuda,
             num_warps=max(1, at_once // 256), **launch(gate_up),

@@ -24,7 +24,7 @@ FEW = 256  # tokens up to which an expert's rows are few, so that reading its we
 ROWS = 16  # of a block: most experts' share of a decode batch; those with more take further turns
 OUTS, DEEP, STAGES = 64, 128, 3  # weight rows of a block, its columns of a step, steps in flight
 COLUMNS = 2048  # of a row copied or summed at once
-GROUP = 8  # rows of a chunk that are counted at once: each count in another GPU's memory takes about 10 ns
+GROUP = 8  # rows of a chunk that are counted at once: counts in another GPU's memory come one after the other
 
 
 def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool, peers: PeerRows | None = None) -> Tensor:
@@ -174,8 +174,6 @@ def _choose(
             place = (row + own * rows) * (hidden + 2 * top_k)
             logit = tl.load(logits + row * count + expert, expert < count * here, 0).to(tl.float32)
             values = tl.load(x + row * hidden + column, column < hidden * here, 0)
-            for rank in tl.static_range(ranks):  # they travel while experts are chosen
-                tl.store(targets[rank] + place + column, values, column < hidden)
             logit = tl.where(expert < count, logit, -float("inf"))
             power = tl.exp(logit - tl.max(logit, 0))
             total = tl.sum(power, 0)
@@ -188,6 +186,7 @@ def _choose(
             if normalize:
                 total = tl.sum(weights, 0)
             for rank in tl.static_range(ranks):
+                tl.store(targets[rank] + place + column, values, column < hidden)
                 tl.store(targets[rank] + place + hidden + choice, weights / total, choice < top_k)
                 tl.store(numbers[rank] + place + hidden + top_k + choice, chosen.to(tl.int16), choice < top_k)
     if ranks > 1:
