@@ -49,7 +49,7 @@ class TensorParallel:
         waits for nothing.
         """
         if self.size == 1:
-            return logits[:, :vocab_size].argmax(-1)
+            return logits[:, :vocab_size].max(-1).indices  # as `argmax`, which takes four times as long on CPUs
         offset = self.rank * logits.shape[1]
         if (padding := min(offset + logits.shape[1] - vocab_size, logits.shape[1])) > 0:
             logits = F.pad(logits[:, :-padding], (0, padding), value=float("-inf"))
