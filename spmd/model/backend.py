@@ -19,6 +19,16 @@ from spmd.model.rope import Rotary, rotate
 from spmd.model.weights import linear
 
 
+class Pending(Protocol):
+    """Sums `[rows, hidden]` that still come from other GPUs; see `spmd.model.mixture.Sums`."""
+
+    def tensor(self, tokens: int) -> Tensor:
+        """The first `tokens` of them."""
+
+    def add_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """As `Backend.add_norm`, of as many as the residual has."""
+
+
 class Backend(Protocol):
     def prepare(self, batch: Batch) -> None:
         """The host's work before a forward; never part of a CUDA graph."""
@@ -32,7 +42,7 @@ class Backend(Protocol):
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """silu(gate) * up, of one linear that holds both, one after the other."""
 
-    def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor | Pending, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """`norm(x + residual)` and the sum, `[T, hidden]` both; without a residual, of x alone. May overwrite both."""
 
     def attend(self, layer: int, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
@@ -48,6 +58,11 @@ class Backend(Protocol):
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up of `[T, 2 * inner]`."""
+
+
+def landed(x: Tensor | Pending, tokens: int) -> Tensor:
+    """`[tokens, hidden]`, once it is there."""
+    return x if isinstance(x, Tensor) else x.tensor(tokens)
 
 
 class TorchBackend:
@@ -74,9 +89,10 @@ class TorchBackend:
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.gated(linear(x, weight, bias))
 
-    def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor | Pending, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         if residual is not None:
-            x = x + residual
+            x = landed(x, len(residual)) + residual
+        assert isinstance(x, Tensor)
         return norm(x), x
 
     def attend(self, layer: int, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend
+from spmd.model.backend import Backend, Pending, landed
 from spmd.model.batch import Batch
 from spmd.model.layers import MLP, ColumnLinear, Embedding, Head, RowLinear
 from spmd.model.moe import Experts, SparseMLP
@@ -48,8 +48,8 @@ class DecoderLayer(nn.Module):
         self.mlp = SparseMLP(arch, tp, ep) if sparse else MLP(arch, tp)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor | Pending, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
+    ) -> tuple[Tensor | Pending, Tensor]:
         """Both `[T, hidden]`: what the MLP adds, and what it is to be added to, so that the next norm can fuse it."""
         x, residual = backend.add_norm(x, residual, self.input_layernorm)
         x, residual = backend.add_norm(self.self_attn(x, layer, backend), residual, self.post_attention_layernorm)
@@ -98,15 +98,17 @@ class Decoder(nn.Module):
         backend.begin(batch)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
+        added: Tensor | Pending = x
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers.values()):
-            x, residual = layer(x, residual, i, backend, batch.shared_rows)
+            added, residual = layer(added, residual, i, backend, batch.shared_rows)
         assert residual is not None
         if self.norm is None or self.lm_head is None:
-            return x + residual
+            return landed(added, len(residual)) + residual
         if batch.sample_rows is not None:
-            x, residual = x[batch.sample_rows], residual[batch.sample_rows]
-        return self.lm_head(backend.add_norm(x, residual, self.norm)[0])
+            added = landed(added, len(residual))[batch.sample_rows]
+            residual = residual[batch.sample_rows]
+        return self.lm_head(backend.add_norm(added, residual, self.norm)[0])
 
     def pieces(self, stacked_experts: bool = False) -> dict[str, list[Piece]]:
         """What this rank reads from a checkpoint, by tensor name; tied embeddings go by the embedding's."""

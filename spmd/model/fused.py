@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spmd.model.architecture import Architecture
+from spmd.model.backend import Pending
 from spmd.model.batch import Batch, Span
 from spmd.model.kv_cache import KVCache
 from spmd.model.norm import RMSNorm
@@ -142,9 +143,12 @@ class FlashInferBackend:
             return None
         return self.products(x, weight, halves)
 
-    def add_norm(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor | Pending, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         from spmd.model.kernels import add_norm
 
+        if not isinstance(x, Tensor):
+            assert residual is not None
+            return x.add_norm(residual, norm.weight, norm.eps)
         return add_norm(x, residual, norm.weight, norm.eps)
 
     def attend(self, layer: int, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend
+from spmd.model.backend import Backend, Pending, landed
 from spmd.model.weights import Piece, Weights, empty, linear, shard, whole
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.peers import PeerRows
@@ -103,7 +103,7 @@ class Experts(Weights):
                 outputs[places] = linear(inner, self.down_proj[expert])
         return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
-    def by_kernels(self, packed: Tensor, top_k: int, peers: PeerRows | None = None) -> Tensor:
+    def by_kernels(self, packed: Tensor, top_k: int, peers: PeerRows | None = None) -> Tensor | Pending:
         """The same of `Routed.packed` in bfloat16 on a GPU; the host need not know how many tokens an expert gets.
 
         With peers, the sums of all ranks' shares, of this rank's tokens alone.
@@ -145,12 +145,18 @@ class SparseMLP(nn.Module):
         self.gate = Router(arch)
         self.experts = Experts(arch, tp, ep)
 
-    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor:
-        """`[T, hidden]` both; where replicas share the experts, each of them must give the same `shared_rows` >= T."""
+    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor | Pending:
+        """`[T, hidden]` both; where replicas share the experts, each of them must give the same `shared_rows` >= T.
+
+        What is pending must be used before the next sparse layer.
+        """
         rows = len(x) if self.ep.group is None else shared_rows
         assert rows is not None, "replicas that share experts must agree on their rows"
         if x.is_cuda and x.dtype == torch.bfloat16:
-            sums = self._by_kernels(x, rows)
+            pending = self._by_kernels(x, rows)
+            if not isinstance(pending, Tensor) and self.tp.size == 1:
+                return pending
+            sums = landed(pending, len(x))
         else:
             routed = self.gate(x)
             if self.ep.group is not None:
@@ -158,9 +164,11 @@ class SparseMLP(nn.Module):
             sums = self.ep.scatter_sum(self.experts(routed, backend))
         return self.tp.all_reduce(sums[: len(x)])
 
-    def _by_kernels(self, x: Tensor, rows: int) -> Tensor:
+    def _by_kernels(self, x: Tensor, rows: int) -> Tensor | Pending:
         peers = self.ep.room(rows)
         packed = self.gate.by_kernel(x, rows, peers)
         if peers:
             return self.experts.by_kernels(packed, self.gate.top_k, peers)
-        return self.ep.scatter_sum(self.experts.by_kernels(self.ep.gather(packed, rows), self.gate.top_k))
+        shares = self.experts.by_kernels(self.ep.gather(packed, rows), self.gate.top_k)
+        assert isinstance(shares, Tensor)
+        return self.ep.scatter_sum(shares)

@@ -2,8 +2,11 @@
 
 A decode tick exchanges about 100 tensors of a few hundred kilobytes. Each of NCCL's collectives takes a launch that
 can't start early, and a protocol of its own; here the kernel that makes a row stores it where it is wanted, and the one
-that needs the rows waits for a count (`spmd.model.mixture`). A rank overwrites nothing that another still reads: before
-it sends the next rows it has the sums of the last, for which all others have read the rows, and the other way round.
+that needs the rows waits for a count (`spmd.model.mixture`). Of few rows the sums travel in words of eight bytes, two
+numbers and the exchange's, as in NCCL's protocol LL: a word with that number has arrived, without fence or count.
+
+A rank overwrites nothing that another still reads: before it sends the next rows it has the sums of the last, for which
+all others have read the rows, and the other way round.
 """
 
 import math
@@ -16,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ALIGNED = 256  # bytes
+FEW = 256  # rows of all ranks up to which the exchange takes as long as its steps, not as its bytes
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class PeerRows:
     columns: int  # of a row, in two bytes each
     width: int  # of a sum, likewise
     memories: list[Tensor]  # of each rank: uint8, see `size_of`
-    expected: Tensor  # int64 [1]: rows that each rank has sent so far, with those of this exchange
+    expected: Tensor  # int64 [2]: rows that each rank has sent so far, with those of this exchange; counts of sums
 
     @property
     def size(self) -> int:
@@ -42,6 +46,11 @@ class PeerRows:
         at = _aligned(16 * self.size) + _aligned(2 * self.capacity * self.columns)
         return self._views(at, (count, self.width), dtype)
 
+    def words(self, count: int) -> tuple[Tensor, ...]:
+        """Of each rank int64 `[count, width / 2]`, for `sums` of at most FEW rows; nothing else ever stands there."""
+        at = size_of(self.size, self.capacity, self.columns, self.width) - _aligned(4 * FEW * self.width)
+        return self._views(at, (count, self.width // 2), torch.int64)
+
     def arrived(self) -> tuple[Tensor, ...]:
         """Of each rank `[2 * ranks]`, int64: how many rows, and then sums, came from each."""
         return self._views(0, (2 * self.size,), torch.int64)
@@ -53,7 +62,8 @@ class PeerRows:
 
 def size_of(ranks: int, capacity: int, columns: int, width: int) -> int:
     """Bytes of each rank's memory, see `PeerRows`."""
-    return _aligned(16 * ranks) + _aligned(2 * capacity * columns) + _aligned(2 * capacity * width)
+    plain = _aligned(2 * capacity * columns) + _aligned(2 * capacity * width)
+    return _aligned(16 * ranks) + plain + _aligned(4 * FEW * width)
 
 
 def _aligned(count: int) -> int:
@@ -77,4 +87,4 @@ def share(group: dist.ProcessGroup, capacity: int, columns: int, width: int, dev
     torch.cuda.synchronize(device)
     handle = symmetric.rendezvous(memory, group)  # when it returns, all have zeroed theirs
     memories = [memory if rank == group.rank() else handle.get_buffer(rank, (size,), torch.uint8) for rank in ranks]
-    return PeerRows(group.rank(), capacity, columns, width, memories, torch.zeros(1, dtype=torch.int64, device=device))
+    return PeerRows(group.rank(), capacity, columns, width, memories, torch.zeros(2, dtype=torch.int64, device=device))

@@ -9,11 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import Ranks
 from test_mixture import FEW_DTYPE
 from torch import Tensor
 from triton_here import INTERPRETED
 
+from spmd.model.backend import Pending, landed
 from spmd.parallel.groups import connect
 from spmd.parallel.peers import PeerRows, share, size_of
 from spmd.topology import Topology
@@ -38,7 +40,7 @@ class Rank:
         if INTERPRETED:
             count = size_of(size, CAPACITY, *SIZE)
             files = [torch.from_file(str(folder / str(r)), True, count, dtype=torch.uint8) for r in range(size)]
-            self.peers = PeerRows(rank, CAPACITY, *SIZE, files, torch.zeros(1, dtype=torch.int64))
+            self.peers = PeerRows(rank, CAPACITY, *SIZE, files, torch.zeros(2, dtype=torch.int64))
         else:
             torch.cuda.set_device(self.device)
             group = connect(Topology(dp=size, rank=rank), self.device, ep=True).experts
@@ -58,11 +60,14 @@ class Rank:
         first, count = rank * EXPERTS // self.size, EXPERTS // self.size
         return first, self.gate_up[first : first + count], self.down[first : first + count]
 
-    def exchange(self, x: Tensor, logits: Tensor, rows: int) -> Tensor:
+    def exchange(self, x: Tensor, logits: Tensor, rows: int) -> Tensor | Pending:
         from spmd.model.mixture import choose, mix
 
         packed = choose(x, logits, rows, TOP_K, True, self.peers)
         return mix(packed, TOP_K, *self.owned(self.rank), self.peers)
+
+    def exchanged(self, x: Tensor, logits: Tensor, rows: int) -> Tensor:
+        return landed(self.exchange(x, logits, rows), rows)
 
     def expected(self, counts: list[int], number: int, rows: int) -> Tensor:
         """Of this rank's tokens, from what all ranks have, without exchange."""
@@ -86,7 +91,7 @@ def exchange_all(rank: int, size: int, folder: str, few: bool) -> None:
     for number, (tokens, rows) in enumerate(EXCHANGES):
         counts = [tokens, *[rows] * (size - 1)]
         x, logits = me.tokens(rank, counts[rank], number)
-        found = me.exchange(x, logits, rows)
+        found = me.exchanged(x, logits, rows)
         assert found.shape == (rows, HIDDEN)
         right = me.expected(counts, number, rows)
         close = 2**-7 if INTERPRETED and not few else 0.0  # the interpreter cuts what bfloat16 doesn't hold
@@ -99,6 +104,32 @@ def test_sums_are_those_without_exchange(ranks: Ranks, tmp_path: Path, size: int
     ranks.run(size, exchanged, size, str(tmp_path), few)
 
 
+def normed(rank: int, size: int, folder: str) -> None:
+    """Every other exchange leaves the sums to the norm, with fewer tokens than rows at times."""
+    me = Rank(rank, size, Path(folder), FEW_DTYPE)
+    weight = me.drawn(HIDDEN, seed=3)
+    for number, (tokens, rows) in enumerate(EXCHANGES * 2):
+        counts = [tokens, *[rows] * (size - 1)]
+        sums = me.exchange(*me.tokens(rank, counts[rank], number), rows)
+        right = me.expected(counts, number, rows)
+        if number % 2:
+            assert torch.equal(landed(sums, counts[rank]), right)
+            continue
+        residual = me.drawn(counts[rank], HIDDEN, seed=4)
+        total = residual.float() + right.float()
+        assert not isinstance(sums, Tensor)
+        output, added = sums.add_norm(residual, weight, 1e-6)
+        assert added is residual
+        torch.testing.assert_close(added, total.to(me.dtype), rtol=0, atol=0)
+        wanted = F.rms_norm(total, (HIDDEN,), weight.float(), 1e-6).to(me.dtype)
+        torch.testing.assert_close(output, wanted, rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.skipif(not INTERPRETED, reason="two GPUs"))])
+def test_the_next_norm_takes_the_sums_itself(ranks: Ranks, tmp_path: Path, size: int) -> None:
+    ranks.run(size, normed, size, str(tmp_path))
+
+
 def replayed(rank: int) -> None:
     """Two graphs of many exchanges in turn, and exchanges without a graph between them."""
     me = Rank(rank, 2, Path(), torch.bfloat16)
@@ -107,17 +138,17 @@ def replayed(rank: int) -> None:
         for rows, replay in graphs:
             assert torch.equal(replay(number), me.expected([rows, rows], number, rows)), (number, rows)
         x, logits = me.tokens(rank, 5, number)
-        assert torch.equal(me.exchange(x, logits, 5), me.expected([5, 5], number, 5)), number
+        assert torch.equal(me.exchanged(x, logits, 5), me.expected([5, 5], number, 5)), number
 
 
 def captured(me: Rank, rows: int, times: int = 10) -> Callable[[int], Tensor]:
     x, logits = me.tokens(me.rank, rows, 0)
-    me.exchange(x, logits, rows)
+    me.exchanged(x, logits, rows)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(times):
-            output = me.exchange(x, logits, rows)
+            output = me.exchanged(x, logits, rows)
 
     def replay(number: int) -> Tensor:
         for held, new in zip((x, logits), me.tokens(me.rank, rows, number), strict=True):
