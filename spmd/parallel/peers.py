@@ -6,7 +6,8 @@ that needs the rows waits for a count (`spmd.model.mixture`). Of few rows the su
 numbers and the exchange's, as in NCCL's protocol LL: a word with that number has arrived, without fence or count.
 
 A rank overwrites nothing that another still reads: before it sends the next rows it has the sums of the last, for which
-all others have read the rows, and the other way round.
+all others have read the rows, and the other way round. Where the number of rows changes, their place may have been that
+of another rank's own, which it still sums up; but then a tick has ended, and head and attention lie between.
 """
 
 import math
