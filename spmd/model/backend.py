@@ -16,17 +16,8 @@ from spmd.model.batch import Batch
 from spmd.model.kv_cache import KVCache
 from spmd.model.norm import RMSNorm
 from spmd.model.rope import Rotary, rotate
+from spmd.model.sums import Sums, landed
 from spmd.model.weights import linear
-
-
-class Pending(Protocol):
-    """Sums `[rows, hidden]` that still come from other GPUs; see `spmd.model.mixture.Sums`."""
-
-    def tensor(self, tokens: int) -> Tensor:
-        """The first `tokens` of them."""
-
-    def add_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """As `Backend.add_norm`, of as many as the residual has."""
 
 
 class Backend(Protocol):
@@ -42,7 +33,7 @@ class Backend(Protocol):
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """silu(gate) * up, of one linear that holds both, one after the other."""
 
-    def add_norm(self, x: Tensor | Pending, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor | Sums, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """`norm(x + residual)` and the sum, `[T, hidden]` both; without a residual, of x alone. May overwrite both."""
 
     def attend(self, layer: int, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
@@ -58,11 +49,6 @@ class Backend(Protocol):
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up of `[T, 2 * inner]`."""
-
-
-def landed(x: Tensor | Pending, tokens: int) -> Tensor:
-    """`[tokens, hidden]`, once it is there."""
-    return x if isinstance(x, Tensor) else x.tensor(tokens)
 
 
 class TorchBackend:
@@ -89,7 +75,7 @@ class TorchBackend:
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.gated(linear(x, weight, bias))
 
-    def add_norm(self, x: Tensor | Pending, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor | Sums, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         if residual is not None:
             x = landed(x, len(residual)) + residual
         assert isinstance(x, Tensor)

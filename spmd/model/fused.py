@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Pending
 from spmd.model.batch import Batch, Span
 from spmd.model.kv_cache import KVCache
 from spmd.model.norm import RMSNorm
 from spmd.model.product import Products
 from spmd.model.rope import Rotary
+from spmd.model.sums import Sums
 from spmd.model.weights import linear
 from spmd.model.wide import WideDecode
 
@@ -143,13 +143,13 @@ class FlashInferBackend:
             return None
         return self.products(x, weight, halves)
 
-    def add_norm(self, x: Tensor | Pending, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        from spmd.model.kernels import add_norm
+    def add_norm(self, x: Tensor | Sums, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        from spmd.model import kernels, words
 
-        if not isinstance(x, Tensor):
+        if isinstance(x, Sums):
             assert residual is not None
-            return x.add_norm(residual, norm.weight, norm.eps)
-        return add_norm(x, residual, norm.weight, norm.eps)
+            return words.add_norm(x, residual, norm.weight, norm.eps)
+        return kernels.add_norm(x, residual, norm.weight, norm.eps)
 
     def attend(self, layer: int, qkv: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
         from spmd.model.kernels import norm_rope_append

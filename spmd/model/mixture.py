@@ -9,7 +9,7 @@ Experts are counted from 1 in what travels between ranks: 0 is nobody's. `first`
 
 Where ranks see each other's memory (`PeerRows`), the kernels exchange rows and sums themselves: whoever makes one
 stores it in the memory of the rank that needs it and adds to a count there, for which that one waits; the sums of few
-rows say themselves that they have arrived.
+rows say themselves that they have arrived (`spmd.model.words`).
 """
 
 import torch
@@ -19,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from spmd.model.kernels import gated, launch, wait
+from spmd.model.sums import Sums
+from spmd.model.words import send
 from spmd.parallel.peers import FEW, PeerRows
 
-# FEW tokens are so few that reading the experts' weights is what takes time.
 ROWS = 16  # of a block: most experts' share of a decode batch; those with more take further turns
 OUTS, DEEP, STAGES = 64, 128, 3  # weight rows of a block, its columns of a step, steps in flight
 COLUMNS = 2048  # of a row copied or summed at once
@@ -51,37 +52,6 @@ def choose(x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool, pe
     return targets[rank]
 
 
-class Sums:
-    """Sums `[rows, hidden]` of few rows on their way from other ranks. To be used once, before the next exchange.
-
-    That waits for all rows, also for those behind the first `tokens`, which are nobody's: then the other ranks are done
-    with what this one overwrites next.
-    """
-
-    def __init__(self, peers: PeerRows, rows: int, dtype: torch.dtype) -> None:
-        self.words = peers.words(peers.size * rows)[peers.rank]
-        self.peers, self.rows, self.dtype = peers, rows, dtype
-
-    def tensor(self, tokens: int) -> Tensor:
-        """`[tokens, hidden]`."""
-        out = torch.empty(tokens, self.peers.width, dtype=self.dtype, device=self.words.device)
-        self._take(out, out, out, 0.0, added=False)
-        return out
-
-    def add_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """As `spmd.model.kernels.add_norm` of the first rows, `[T, hidden]` like the residual."""
-        normed = torch.empty_like(residual)
-        self._take(normed, residual, weight, eps, added=True)
-        return normed, residual
-
-    def _take(self, out: Tensor, total: Tensor, weight: Tensor, eps: float, added: bool) -> None:
-        half = self.peers.width // 2
-        _take[(self.rows,)](
-            self.words, self.peers.expected, out, total, weight, eps, len(out),
-            half, triton.next_power_of_2(half), self.peers.size, added, out.is_cuda, num_warps=8, **launch(out),
-        )  # fmt: skip
-
-
 def mix(
     packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerRows | None = None
 ) -> Tensor | Sums:
@@ -99,13 +69,7 @@ def mix(
     run = _few if tokens <= FEW else _many
     found, places = run(packed, top_k, first, gate_up, down, peers)
     if peers and places is None:
-        rows, half = tokens // peers.size, hidden // 2
-        _send[(rows, peers.size)](
-            found, packed, packed.view(torch.int16), peers.words(tokens), peers.expected, packed.stride(0),
-            half, triton.next_power_of_2(half), top_k, first, len(down), peers.rank, peers.size, packed.is_cuda,
-            num_warps=4, **launch(packed),
-        )  # fmt: skip
-        return Sums(peers, rows, packed.dtype)
+        return send(found, packed, top_k, first, len(down), peers)
     out = packed.new_empty(tokens // peers.size if peers else tokens, hidden)
     targets, rank = (peers.sums(tokens, out.dtype), peers.rank) if peers else ((out,), 0)
     arrived, parts, group = peers.arrived() if peers else targets, triton.cdiv(hidden, COLUMNS), _group(len(out))
@@ -358,67 +322,3 @@ def _collect(
         source = sums + (rank * tl.num_programs(0) + row) * hidden + column
         total += tl.load(source, column < hidden, 0).to(tl.float32)
     tl.store(out + row * hidden + column, total.to(out.dtype.element_ty), column < hidden)
-
-
-@triton.jit
-def _send(
-    found, packed, numbers, targets, expected, stride,
-    half: tl.constexpr, width: tl.constexpr, top_k: tl.constexpr, first: tl.constexpr, experts: tl.constexpr,
-    own: tl.constexpr, ranks: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    """As `_sum` of few rows: columns c and half + c and the exchange's number in one word."""
-    wait(early)
-    column = tl.arange(0, width)
-    rows, whose = tl.num_programs(0), tl.program_id(1)
-    row = whose * rows + tl.program_id(0)
-    low, high = tl.zeros([width], tl.float32), tl.zeros([width], tl.float32)
-    for k in tl.static_range(top_k):
-        number = tl.load(numbers + row * stride + 2 * half + top_k + k)
-        here = ((number > first) & (number <= first + experts)).to(tl.int32)
-        weight = tl.load(packed + row * stride + 2 * half + k).to(tl.float32)
-        source = found + (row * top_k + k) * 2 * half + column
-        low += weight * tl.load(source, column < half * here, 0).to(tl.float32)
-        high += weight * tl.load(source + half, column < half * here, 0).to(tl.float32)
-    dtype: tl.constexpr = found.dtype.element_ty
-    word = (tl.load(expected) << 32) + (low.to(dtype).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF)
-    word += (high.to(dtype).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << 16
-    for rank in tl.static_range(ranks):
-        if whose == rank:
-            tl.store(targets[rank] + (own * rows + tl.program_id(0)) * half + column, word, column < half)
-
-
-@triton.jit
-def _take(
-    words, expected, out, total, weight, eps, tokens,
-    half: tl.constexpr, width: tl.constexpr, ranks: tl.constexpr, added: tl.constexpr, early: tl.constexpr,
-):  # fmt: skip
-    """What `_send` sent to this rank, added up in the order of ranks; `added`: to `total`, and the norm of that."""
-    wait(early)
-    row, column = tl.program_id(0), tl.arange(0, width)
-    inside = column < half
-    number = tl.load(expected).to(tl.int32)
-    dtype: tl.constexpr = out.dtype.element_ty
-    low, high = tl.zeros([width], tl.float32), tl.zeros([width], tl.float32)
-    missing = 1
-    while missing > 0:
-        late = tl.zeros([width], tl.int32)
-        low, high = tl.zeros([width], tl.float32), tl.zeros([width], tl.float32)
-        for rank in tl.static_range(ranks):
-            word = tl.load(words + (rank * tl.num_programs(0) + row) * half + column, inside, 0, volatile=True)
-            late += ((word >> 32).to(tl.int32) != number).to(tl.int32)
-            low += word.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-            high += (word >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        missing = tl.max(tl.where(inside, late, 0), 0)
-    if row < tokens:
-        low, high = low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
-        at = row.to(tl.int64) * 2 * half + column
-        if added:
-            low += tl.load(total + at, inside, 0).to(tl.float32)
-            high += tl.load(total + half + at, inside, 0).to(tl.float32)
-            tl.store(total + at, low, inside)
-            tl.store(total + half + at, high, inside)
-            scale = tl.rsqrt((tl.sum(low * low) + tl.sum(high * high)) / (2 * half) + eps)
-            low *= scale * tl.load(weight + column, inside, 0).to(tl.float32)
-            high *= scale * tl.load(weight + half + column, inside, 0).to(tl.float32)
-        tl.store(out + at, low, inside)
-        tl.store(out + half + at, high, inside)

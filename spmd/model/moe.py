@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend, Pending, landed
+from spmd.model.backend import Backend
+from spmd.model.sums import Sums, landed
 from spmd.model.weights import Piece, Weights, empty, linear, shard, whole
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.peers import PeerRows
@@ -103,7 +104,7 @@ class Experts(Weights):
                 outputs[places] = linear(inner, self.down_proj[expert])
         return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
-    def by_kernels(self, packed: Tensor, top_k: int, peers: PeerRows | None = None) -> Tensor | Pending:
+    def by_kernels(self, packed: Tensor, top_k: int, peers: PeerRows | None = None) -> Tensor | Sums:
         """The same of `Routed.packed` in bfloat16 on a GPU; the host need not know how many tokens an expert gets.
 
         With peers, the sums of all ranks' shares, of this rank's tokens alone.
@@ -145,7 +146,7 @@ class SparseMLP(nn.Module):
         self.gate = Router(arch)
         self.experts = Experts(arch, tp, ep)
 
-    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor | Pending:
+    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor | Sums:
         """`[T, hidden]` both; where replicas share the experts, each of them must give the same `shared_rows` >= T.
 
         What is pending must be used before the next sparse layer.
@@ -154,7 +155,7 @@ class SparseMLP(nn.Module):
         assert rows is not None, "replicas that share experts must agree on their rows"
         if x.is_cuda and x.dtype == torch.bfloat16:
             pending = self._by_kernels(x, rows)
-            if not isinstance(pending, Tensor) and self.tp.size == 1:
+            if isinstance(pending, Sums) and self.tp.size == 1:
                 return pending
             sums = landed(pending, len(x))
         else:
@@ -164,7 +165,7 @@ class SparseMLP(nn.Module):
             sums = self.ep.scatter_sum(self.experts(routed, backend))
         return self.tp.all_reduce(sums[: len(x)])
 
-    def _by_kernels(self, x: Tensor, rows: int) -> Tensor | Pending:
+    def _by_kernels(self, x: Tensor, rows: int) -> Tensor | Sums:
         peers = self.ep.room(rows)
         packed = self.gate.by_kernel(x, rows, peers)
         if peers:

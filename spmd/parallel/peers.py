@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ALIGNED = 256  # bytes
-FEW = 256  # rows of all ranks up to which the exchange takes as long as its steps, not as its bytes
+FEW = 256  # rows of all ranks, as decode batches have: steps take the time, and experts' weights, not rows' bytes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from test_mixture import FEW_DTYPE
 from torch import Tensor
 from triton_here import INTERPRETED
 
-from spmd.model.backend import Pending, landed
+from spmd.model.sums import Sums, landed
 from spmd.parallel.groups import connect
 from spmd.parallel.peers import PeerRows, share, size_of
 from spmd.topology import Topology
@@ -60,7 +60,7 @@ class Rank:
         first, count = rank * EXPERTS // self.size, EXPERTS // self.size
         return first, self.gate_up[first : first + count], self.down[first : first + count]
 
-    def exchange(self, x: Tensor, logits: Tensor, rows: int) -> Tensor | Pending:
+    def exchange(self, x: Tensor, logits: Tensor, rows: int) -> Tensor | Sums:
         from spmd.model.mixture import choose, mix
 
         packed = choose(x, logits, rows, TOP_K, True, self.peers)
@@ -106,6 +106,8 @@ def test_sums_are_those_without_exchange(ranks: Ranks, tmp_path: Path, size: int
 
 def normed(rank: int, size: int, folder: str) -> None:
     """Every other exchange leaves the sums to the norm, with fewer tokens than rows at times."""
+    from spmd.model import words
+
     me = Rank(rank, size, Path(folder), FEW_DTYPE)
     weight = me.drawn(HIDDEN, seed=3)
     for number, (tokens, rows) in enumerate(EXCHANGES * 2):
@@ -117,8 +119,8 @@ def normed(rank: int, size: int, folder: str) -> None:
             continue
         residual = me.drawn(counts[rank], HIDDEN, seed=4)
         total = residual.float() + right.float()
-        assert not isinstance(sums, Tensor)
-        output, added = sums.add_norm(residual, weight, 1e-6)
+        assert isinstance(sums, Sums)
+        output, added = words.add_norm(sums, residual, weight, 1e-6)
         assert added is residual
         torch.testing.assert_close(added, total.to(me.dtype), rtol=0, atol=0)
         wanted = F.rms_norm(total, (HIDDEN,), weight.float(), 1e-6).to(me.dtype)
