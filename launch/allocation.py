@@ -7,9 +7,9 @@ import os
 import shlex
 import sys
 
-from spmd.cluster import allocation, check_processes, port, shard
-from spmd.compose import USAGE, compose, tell
 from spmd.config import check
+from spmd.runtime.compose import USAGE, compose, tell
+from spmd.runtime.slurm import allocation, check_processes, port, shard
 
 
 def settle() -> dict[str, str]:

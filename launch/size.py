@@ -5,8 +5,8 @@ Imports no torch, so that a mistake shows in a second, once, and before any rank
 
 import sys
 
-from spmd.compose import USAGE, compose, tell
 from spmd.config import check
+from spmd.runtime.compose import USAGE, compose, tell
 
 if __name__ == "__main__":
     try:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from spmd.cluster import check_processes
-from spmd.compose import USAGE, compose, tell
 from spmd.config import check
+from spmd.runtime.compose import USAGE, compose, tell
+from spmd.runtime.slurm import check_processes
 
 HOME = Path(__file__).resolve().parent.parent
 OPTIONS = {

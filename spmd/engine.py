@@ -10,18 +10,18 @@ from collections.abc import Callable
 from itertools import count
 from time import perf_counter
 
-from spmd.io.rows import Job
-from spmd.io.source import Skipped, Source
+from spmd.api.rows import Job
+from spmd.api.source import Skipped, Source
 from spmd.leader import Leader
-from spmd.model.sampler import Sampled
-from spmd.model.stage import Stage
 from spmd.parallel.load import LoadExchange
-from spmd.parallel.packet import UNMARKED, Packet, PacketWire
+from spmd.parallel.packet import NO_DIGESTS, Packet, PacketWire
+from spmd.sampling.sampler import Sampled
 from spmd.schedule.balance import EXHAUSTED, Balance, Load
+from spmd.schedule.digests import DigestChain, Diverged, first_difference
 from spmd.schedule.plan import Plan
 from spmd.schedule.scheduler import Scheduler
-from spmd.schedule.trail import Diverged, Trail, first_difference
 from spmd.signals import Stop
+from spmd.stage.stage import Stage
 
 
 class Engine:
@@ -38,7 +38,7 @@ class Engine:
         exchange: LoadExchange | None = None,
         lockstep: bool = False,
         stop: Stop | None = None,
-        trail: Trail | None = None,
+        trail: DigestChain | None = None,
         watch: Callable[["Engine"], None] | None = None,
     ) -> None:
         """`leader` is None on all ranks of a replica but one, `exchange` where there is one replica.
@@ -106,7 +106,7 @@ class Engine:
         self._feed()
         plan = scheduler.schedule(tick, self.balance.admits(tick, scheduler.num_running, len(scheduler.waiting)))
         if self.trail:
-            plan.marks = self.trail.plan(plan)
+            plan.digests = self.trail.plan(plan)
         rows = None
         if self.exchange:
             self.exchange.launch(self._load(plan))
@@ -119,21 +119,21 @@ class Engine:
             self.packets.post()
         else:
             self.unjudged.append((plan, sampled))
-            if len(self.unjudged) > self.stage.defer:
+            if len(self.unjudged) > self.stage.result_lag:
                 self._judge(self.leader)
 
     def _judge(self, leader: Leader) -> None:
         """Post the packet of the oldest plan that has none."""
         plan, sampled = self.unjudged.popleft()
         tokens, finished = leader.judge(plan, sampled) if sampled else ([], [])
-        self.packets.post(Packet(tokens, finished, self.stop.asked, plan.marks or UNMARKED))
+        self.packets.post(Packet(tokens, finished, self.stop.asked, plan.digests or NO_DIGESTS))
 
     def _commit(self, plan: Plan) -> None:
         if self.leader and self.unjudged and self.unjudged[0][0] is plan:
             self._judge(self.leader)
         packet = self.packets.take()
         if self.trail:
-            if difference := first_difference(plan.marks, packet.marks):
+            if difference := first_difference(plan.digests, packet.digests):
                 raise Diverged(f"tick {plan.tick}: {difference} differ from the leader's")
             self.trail.commit(packet.tokens, packet.finished)
         self.stopped = self.stopped or packet.stop

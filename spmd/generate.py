@@ -7,23 +7,22 @@ from collections.abc import Callable
 from datetime import datetime
 from time import monotonic, perf_counter
 
-from spmd.agreement import agree
-from spmd.build import Worker, model_shape, start
+from spmd.api.reader import Reader
+from spmd.api.rows import RowParser
+from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine
-from spmd.files import Files
-from spmd.io.reader import Reader
-from spmd.io.rows import RowParser
-from spmd.io.tokenizing import load_generation_config, load_tokenizer
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
-from spmd.report.profile import profiled
+from spmd.report.profile import all_of, profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.report.watch import all_of
-from spmd.runtime import from_rank_0, main, together
+from spmd.run_files import Files
+from spmd.runtime.agreement import agree
+from spmd.runtime.main import from_rank_0, main, together
 from spmd.signals import Stop, name
 from spmd.topology import Topology
+from spmd.worker import Worker, model_shape, start
 
 
 def generate(config: Config, topology: Topology, stop: Stop) -> None:
@@ -84,7 +83,7 @@ def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> Non
     else:
         print(f"nothing to do: all {earlier} rows were done by earlier runs")
     if unused:
-        print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.places.unused}")
+        print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.paths.unused}")
     print(f"answers: {files.output}")
     if metrics:
         print(f"figures: {write_json(metrics, files.output)}")

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from spmd.io.answers import Completion, answer_line, complete, error_line
-from spmd.io.rows import BadRow, Job
-from spmd.io.tokenizing import StopChecker
-from spmd.model.sampler import Sampled
+from spmd.api.answers import Completion, answer_line, complete, error_line
+from spmd.api.rows import BadRow, Job
+from spmd.api.tokenizer import StopChecker
 from spmd.report.metrics import Clock, Metrics
+from spmd.sampling.sampler import Sampled
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams, TokenLogprobs
 

@@ -14,19 +14,19 @@ from pathlib import Path
 
 import torch
 
-from spmd.build import model_shape
-from spmd.compose import CONF, USAGE, compose, tell
+from spmd.api.reader import Reader
+from spmd.api.rows import BadRow, RowParser
+from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config, check, decode_rows, warnings
 from spmd.defaults import block_size, decode_buckets, max_num_batched_tokens
-from spmd.io.places import Places, shard_output
-from spmd.io.reader import Reader
-from spmd.io.rows import BadRow, RowParser
-from spmd.io.tokenizing import load_generation_config, load_tokenizer
-from spmd.io.wording import first_line
+from spmd.journal.paths import Paths, shard_output
+from spmd.messages import first_line
 from spmd.model.architecture import Architecture
-from spmd.model.build import max_model_len, on_device, stages
 from spmd.model.checkpoint import check_files
-from spmd.model.memory import (
+from spmd.report.progress import estimate_rows
+from spmd.runtime.compose import CONF, USAGE, compose, tell
+from spmd.stage.build import max_model_len, on_device, stages
+from spmd.stage.memory import (
     CUDA_BYTES,
     Device,
     blocks_that_fit,
@@ -37,8 +37,8 @@ from spmd.model.memory import (
     needs,
     readable,
 )
-from spmd.report.progress import estimate_rows
 from spmd.topology import Topology
+from spmd.worker import model_shape
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2000, 16 * 2**20  # of the input, whichever is less
 SHOWN = 3  # bad rows that are told one by one
@@ -197,13 +197,13 @@ def _input(path: str, parser: RowParser, shard: Sequence[int] | None) -> list[st
 
 
 def _output(output: str, input: str | None) -> str:
-    places = Places.of(output)
-    if places.output.exists() and not places.output.is_file():
-        raise ValueError(f"output={output} is {'a directory' if places.output.is_dir() else 'no regular file'}")
-    if input is not None and Path(input).resolve() == places.output:
+    paths = Paths.of(output)
+    if paths.output.exists() and not paths.output.is_file():
+        raise ValueError(f"output={output} is {'a directory' if paths.output.is_dir() else 'no regular file'}")
+    if input is not None and Path(input).resolve() == paths.output:
         raise ValueError(f"output={output} is the input: it would be overwritten")
-    free = _writable(places.output.parent, f"output={output}")
-    earlier = "; answers of an earlier run are there" if places.folder.exists() or places.output.exists() else ""
+    free = _writable(paths.output.parent, f"output={output}")
+    earlier = "; answers of an earlier run are there" if paths.folder.exists() or paths.output.exists() else ""
     return f"{output}: {readable(free)} free{earlier}"
 
 

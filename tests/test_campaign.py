@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from campaign import campaign
+from tests.campaign import campaign
 
 
 def test_killed_and_stopped_runs_are_resumed_to_every_row_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from spmd.config import (
     warnings,
 )
 from spmd.defaults import decode_buckets
-from spmd.runtime import CONF
+from spmd.runtime.main import CONF
 
 
 def composed(*overrides: str) -> Config:

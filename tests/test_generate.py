@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attempts import enlarge, small_disk
-from broken_rows import make_rows
-from checkpoints import write_checkpoint
-from jobs import ROOT, alive, bodies, launcher, read_rows, run, run_here, start, torchrun, write_rows
-from ranks import Ranks
-from tiny_tokenizer import make_tokenizer
 
-from spmd.io.part import PartWriter
-from spmd.io.places import Places
-from spmd.io.reader import Reader
-from spmd.model import build
+from spmd.api.reader import Reader
+from spmd.journal.paths import Paths
+from spmd.journal.writer import PartWriter
+from spmd.stage import build
+from tests.support.attempts import enlarge, small_disk
+from tests.support.broken_rows import make_rows
+from tests.support.checkpoints import write_checkpoint
+from tests.support.jobs import ROOT, alive, bodies, launcher, read_rows, run, run_here, start, torchrun, write_rows
+from tests.support.ranks import Ranks
+from tests.support.tiny_tokenizer import make_tokenizer
 
 DEMO = ("model=demo", "model.dtype=float32")  # few CPUs compute in bfloat16 without detours
 GREEDY = ("sampling.temperature=0", "progress=false")
@@ -430,7 +430,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_next_goes_on(
         )
         assert "spmd/" not in done.stderr, "a traceback of ours"
         [safe] = re.findall(r"the ([\d,]+) answers that it got in this run are safe", told)
-        kept = sum(len(part.read_text().splitlines()) - 1 for part in Places.of(str(disk / "out.jsonl")).parts())
+        kept = sum(len(part.read_text().splitlines()) - 1 for part in Paths.of(str(disk / "out.jsonl")).parts())
         assert int(safe) <= kept < 600
         enlarge(disk, 8000)
         assert run_here(*overrides) == 0
@@ -473,7 +473,7 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(here: Path) -> None:
     """Rank 0 fails in mid-run, while the other waits for its hidden states."""
     write_rows(here / "in.jsonl", sums(50))
     (here / "failing.py").write_text(
-        "from spmd.generate import generate\nfrom spmd.model.stage import Stage\nfrom spmd.runtime import main\n"
+        "from spmd.generate import generate\nfrom spmd.stage.stage import Stage\nfrom spmd.runtime.main import main\n"
         "run = Stage.run\n"
         "def failing(self, plan, *rest):\n"
         "    if plan.tick == 5 and self.forward.decoder.first: raise RuntimeError('out of memory, say')\n"
@@ -490,7 +490,7 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(here: Path) -> None:
 
 
 def parts_of(output: Path) -> Path:
-    return Places.of(str(output)).folder
+    return Paths.of(str(output)).folder
 
 
 def ranks_of(pid: int) -> list[int]:

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_tokenizer import make_tokenizer
 
-from spmd.io.rows import Job
+from spmd.api.rows import Job
 from spmd.leader import Leader
-from spmd.model.sampler import Sampled, Sampler
 from spmd.report.metrics import Metrics
+from spmd.sampling.sampler import Sampled, Sampler
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
+from tests.support.tiny_tokenizer import make_tokenizer
 
 VOCAB = 269
 TOKENIZER = make_tokenizer()

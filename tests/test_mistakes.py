@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import write_checkpoint
-from jobs import ROOT, run_here, start, torchrun, write_rows
 from safetensors.torch import load_file, save_file
 
-from spmd.model import build
+from spmd.stage import build
+from tests.support.checkpoints import write_checkpoint
+from tests.support.jobs import ROOT, run_here, start, torchrun, write_rows
 
 DEMO = ROOT / "spmd" / "demo" / "model"
 FILES = ("input=in.jsonl", "output=out.jsonl", "run_dir=run", "progress=false")

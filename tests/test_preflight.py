@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from jobs import ROOT, write_rows
 from safetensors.torch import load_file, save_file
 
 from spmd.preflight import main
+from tests.support.checkpoints import write_checkpoint
+from tests.support.jobs import ROOT, write_rows
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import ROOT
 
 from spmd.signals import STOPPED, code, listening, name
+from tests.support.jobs import ROOT
 
 WAITS = """
 import ctypes, sys

@@ -9,17 +9,16 @@ from typing import Any
 from spmd.bench.floor import figures, lines, ranks_work
 from spmd.bench.rates import Rates, device_rates
 from spmd.bench.workload import Workload, lengths
-from spmd.build import Worker, start
 from spmd.config import Config, WorkloadConfig
 from spmd.leader import Leader
-from spmd.model.build import stages
 from spmd.report.metrics import Metrics
-from spmd.report.profile import profiled
+from spmd.report.profile import Watch, profiled
 from spmd.report.summary import json_line, table
-from spmd.report.watch import Watch
-from spmd.runtime import main
+from spmd.runtime.main import main
 from spmd.signals import Stop
+from spmd.stage.build import stages
 from spmd.topology import Topology
+from spmd.worker import Worker, start
 
 WARM_UP_ROWS, WARM_UP_TOKENS = 4, 8  # of a replica, of a row
 

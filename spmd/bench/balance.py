@@ -21,21 +21,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from spmd.api.rows import Job
+from spmd.api.source import Listed
 from spmd.engine import Engine
-from spmd.io.rows import Job
-from spmd.io.source import Listed
 from spmd.leader import Leader
-from spmd.model.sampler import Sampled
-from spmd.model.stage import Stage
 from spmd.parallel.groups import disconnect
 from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketWire
 from spmd.report.metrics import Metrics
+from spmd.sampling.sampler import Sampled
 from spmd.schedule.balance import Balance, Load, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.stage.stage import Stage
 
 BLOCK_SIZE = 16
 PROMPT, MEDIAN, SIGMA, LONGEST = 64, 60, 1.5, 2000  # tokens of a prompt, of outputs, and their spread
@@ -81,7 +81,7 @@ class BoardExchange:
 class Model:
     """A stage that samples token 1 for everybody."""
 
-    defer = 0
+    result_lag = 0
 
     def run(self, plan: Plan, shared_rows: int | None = None) -> Sampled | None:
         return Sampled(torch.ones(len(plan.sampled), dtype=torch.int64)) if plan.sampled else None

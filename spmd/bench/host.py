@@ -18,21 +18,21 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from spmd.api.rows import Job
+from spmd.api.source import Listed
 from spmd.engine import Engine
-from spmd.io.rows import Job
-from spmd.io.source import Listed
 from spmd.leader import Leader
-from spmd.model.inputs import InputBuilder
-from spmd.model.sampler import Sampled, plain_greedy
-from spmd.model.stage import Stage
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.packet import PacketWire
 from spmd.report.metrics import Metrics
+from spmd.sampling.sampler import Sampled, plain_greedy
 from spmd.schedule.balance import Balance, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.stage.inputs import InputBuilder
+from spmd.stage.stage import Stage
 from spmd.topology import Topology
 
 BLOCK_SIZE = 16
@@ -66,7 +66,7 @@ class Rehearsal:
 
     def __init__(self, builder: InputBuilder, feedback: TokenFeedback | None, laps: Laps) -> None:
         self.feedback = feedback
-        self.defer = 1 if feedback else 0
+        self.result_lag = 1 if feedback else 0
         self.build = laps.timed("inputs", builder.build)
         self.greedy = laps.timed("greedy", plain_greedy)
         self.send = laps.timed("feedback", feedback.send) if feedback else None

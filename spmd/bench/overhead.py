@@ -13,14 +13,14 @@ from pathlib import Path
 from statistics import median
 
 from spmd.bench.workload import Workload
-from spmd.build import Worker, start
 from spmd.config import Config
-from spmd.io.part import PartWriter
+from spmd.journal.writer import PartWriter
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
-from spmd.runtime import main
+from spmd.runtime.main import main
 from spmd.signals import Stop
 from spmd.topology import Topology
+from spmd.worker import Worker, start
 
 ROUNDS = 8
 

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spmd.bench.workload import prompts
-from spmd.build import model_shape
 from spmd.config import Config
-from spmd.runtime import main
+from spmd.runtime.main import main
 from spmd.signals import Stop
 from spmd.topology import Topology
+from spmd.worker import model_shape
 
 Rows = list[tuple[list[int], int]]
 

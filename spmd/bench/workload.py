@@ -5,9 +5,9 @@ import random
 from collections.abc import Iterator
 from itertools import count
 
+from spmd.api.rows import BadRow, Job
+from spmd.api.source import SKIPPED, Skipped
 from spmd.config import WorkloadConfig
-from spmd.io.rows import BadRow, Job
-from spmd.io.source import SKIPPED, Skipped
 from spmd.schedule.request import Request, SamplingParams
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend
+from spmd.model.backend import Backend, landed
 from spmd.model.batch import Batch
 from spmd.model.layers import MLP, ColumnLinear, Embedding, Head, RowLinear
 from spmd.model.moe import Experts, SparseMLP
 from spmd.model.norm import RMSNorm
-from spmd.model.sums import Sums, landed
 from spmd.model.weights import Piece, Weights
 from spmd.parallel.experts import ExpertParallel
+from spmd.parallel.peer_memory import PendingSums
 from spmd.parallel.tensor import TensorParallel
 
 
@@ -49,8 +49,8 @@ class DecoderLayer(nn.Module):
         self.mlp = SparseMLP(arch, tp, ep) if sparse else MLP(arch, tp)
 
     def forward(
-        self, x: Tensor | Sums, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
-    ) -> tuple[Tensor | Sums, Tensor]:
+        self, x: Tensor | PendingSums, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
+    ) -> tuple[Tensor | PendingSums, Tensor]:
         """Both `[T, hidden]`: what the MLP adds, and what it is to be added to, so that the next norm can fuse it."""
         x, residual = backend.add_norm(x, residual, self.input_layernorm)
         x, residual = backend.add_norm(self.self_attn(x, layer, backend), residual, self.post_attention_layernorm)
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         backend.begin(batch)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x)
-        added: Tensor | Sums = x
+        added: Tensor | PendingSums = x
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers.values()):
             added, residual = layer(added, residual, i, backend, batch.shared_rows)

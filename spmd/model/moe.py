@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend
-from spmd.model.sums import Sums, landed
+from spmd.model.backend import Backend, landed
 from spmd.model.weights import Piece, Weights, empty, linear, shard, whole
 from spmd.parallel.experts import ExpertParallel
-from spmd.parallel.peers import PeerRows
+from spmd.parallel.peer_memory import PeerMemory, PendingSums
 from spmd.parallel.tensor import TensorParallel
 
 
@@ -62,9 +61,9 @@ class Router(Weights):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Routed(x, weights.to(x.dtype), experts)
 
-    def by_kernel(self, x: Tensor, rows: int, peers: PeerRows | None) -> Tensor:
+    def by_kernel(self, x: Tensor, rows: int, peers: PeerMemory | None) -> Tensor:
         """The same, packed, in bfloat16 on a GPU; padded to `rows` rows that are nobody's. With peers, also theirs."""
-        from spmd.model.mixture import choose
+        from spmd.backend.cuda.expert_kernels import choose
 
         return choose(x, F.linear(x, self.weight), rows, self.top_k, self.normalize, peers)
 
@@ -104,12 +103,12 @@ class Experts(Weights):
                 outputs[places] = linear(inner, self.down_proj[expert])
         return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
 
-    def by_kernels(self, packed: Tensor, top_k: int, peers: PeerRows | None = None) -> Tensor | Sums:
+    def by_kernels(self, packed: Tensor, top_k: int, peers: PeerMemory | None = None) -> Tensor | PendingSums:
         """The same of `Routed.packed` in bfloat16 on a GPU; the host need not know how many tokens an expert gets.
 
         With peers, the sums of all ranks' shares, of this rank's tokens alone.
         """
-        from spmd.model.mixture import mix
+        from spmd.backend.cuda.expert_kernels import mix
 
         assert isinstance(self.gate_up_proj, Tensor) and isinstance(self.down_proj, Tensor)
         return mix(packed, top_k, self.owned.start, self.gate_up_proj, self.down_proj, peers)
@@ -146,7 +145,7 @@ class SparseMLP(nn.Module):
         self.gate = Router(arch)
         self.experts = Experts(arch, tp, ep)
 
-    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor | Sums:
+    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor | PendingSums:
         """`[T, hidden]` both; where replicas share the experts, each of them must give the same `shared_rows` >= T.
 
         What is pending must be used before the next sparse layer.
@@ -155,7 +154,7 @@ class SparseMLP(nn.Module):
         assert rows is not None, "replicas that share experts must agree on their rows"
         if x.is_cuda and x.dtype == torch.bfloat16:
             pending = self._by_kernels(x, rows)
-            if isinstance(pending, Sums) and self.tp.size == 1:
+            if isinstance(pending, PendingSums) and self.tp.size == 1:
                 return pending
             sums = landed(pending, len(x))
         else:
@@ -165,7 +164,7 @@ class SparseMLP(nn.Module):
             sums = self.ep.scatter_sum(self.experts(routed, backend))
         return self.tp.all_reduce(sums[: len(x)])
 
-    def _by_kernels(self, x: Tensor, rows: int) -> Tensor | Sums:
+    def _by_kernels(self, x: Tensor, rows: int) -> Tensor | PendingSums:
         peers = self.ep.room(rows)
         packed = self.gate.by_kernel(x, rows, peers)
         if peers:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmd.parallel.peers import PeerRows
+from spmd.parallel.peer_memory import PeerMemory
 
 # PyTorch 2.13 warns of the old names, 2.11 and 2.12 have no others.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,14 +28,14 @@ class ExpertParallel:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    peers: PeerRows | None = None
+    peers: PeerMemory | None = None
 
     def owned(self, num_experts: int) -> range:
         """The experts of each layer that this rank holds, of `num_experts`, which `size` divides."""
         count = num_experts // self.size
         return range(self.rank * count, (self.rank + 1) * count)
 
-    def room(self, rows: int) -> PeerRows | None:
+    def room(self, rows: int) -> PeerMemory | None:
         """The shared memory, if it takes `rows` rows of each replica."""
         return self.peers if self.peers and rows * self.peers.size <= self.peers.capacity else None
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from spmd.model.transfer import to_device
+from spmd.parallel.transfer import to_device
 from spmd.schedule.plan import Plan
 from spmd.topology import Topology
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from spmd.model.transfer import on_host
+from spmd.parallel.transfer import on_host
 
 
 class LoadExchange:

@@ -1,6 +1,6 @@
 """The token packet: what the leader of a replica tells the others about a plan. Fixed size, one a tick, no exceptions.
 
-`[stop, count, mark, ..., token, ..., verdict, ...]`: whether to stop, the leader's marks of the plan, the sampled
+`[stop, count, digest, ..., token, ..., verdict, ...]`: whether to stop, the leader's digests of the plan, the sampled
 tokens in the plan's order, and for each whether its request ends.
 """
 
@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from spmd.model.transfer import on_host
-from spmd.schedule.trail import FIELDS, Marks
+from spmd.parallel.transfer import on_host
+from spmd.schedule.digests import FIELDS, Digests
 
-UNMARKED = (0,) * len(FIELDS)
+NO_DIGESTS = (0,) * len(FIELDS)
 HEADER = 2 + len(FIELDS)
 
 
@@ -25,7 +25,7 @@ class Packet(NamedTuple):
     tokens: list[int]
     finished: list[bool]
     stop: int = 0  # who asks the run to stop (`spmd.signals`); 0: nobody
-    marks: Marks = UNMARKED
+    digests: Digests = NO_DIGESTS
 
 
 class PacketWire:
@@ -48,7 +48,7 @@ class PacketWire:
             return
         buffer = torch.zeros(HEADER + 2 * self.max_samples, dtype=torch.int64)
         if packet is not None:
-            content = [packet.stop, len(packet.tokens), *packet.marks, *packet.tokens, *packet.finished]
+            content = [packet.stop, len(packet.tokens), *packet.digests, *packet.tokens, *packet.finished]
             buffer[: len(content)] = on_host(content, torch.int64)
         self._pending.append((dist.broadcast(buffer, self.leader, group=self.group, async_op=True), buffer))
 
@@ -61,5 +61,9 @@ class PacketWire:
             work.wait()
         count = int(buffer[1])
         stop, _, *content = buffer[: HEADER + 2 * count].tolist()
-        marks, tokens, finished = content[: len(FIELDS)], content[len(FIELDS) :][:count], content[len(FIELDS) + count :]
-        return Packet(tokens, [bool(verdict) for verdict in finished], stop, tuple(marks))
+        digests, tokens, finished = (
+            content[: len(FIELDS)],
+            content[len(FIELDS) :][:count],
+            content[len(FIELDS) + count :],
+        )
+        return Packet(tokens, [bool(verdict) for verdict in finished], stop, tuple(digests))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmd.parallel.symmetric import SymmetricBuffer
+from spmd.parallel.peer_memory import SymmetricBuffer
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A look inside a few ticks: torch's profiler, switched on and off between ticks, on every rank at the same ones."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,22 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from spmd.config import ProfileConfig
-from spmd.report.watch import Watch
 
 log = logging.getLogger("spmd")
+Watch = Callable[[Any], None]  # an Engine, which stands above this package
+
+
+def all_of(*watches: Watch | None) -> Watch | None:
+    """One that calls those given, in order; None if there are none, so that a tick pays nothing."""
+    present = [watch for watch in watches if watch]
+    if len(present) < 2:
+        return present[0] if present else None
+
+    def watch(engine: Any) -> None:
+        for each in present:
+            each(engine)
+
+    return watch
 
 
 class Profiler:

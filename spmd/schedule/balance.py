@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spmd.schedule.trail import Diverged
+from spmd.schedule.digests import Diverged
 
 EXHAUSTED = 1  # flag: the list has no more rows
 RESERVE = 8  # seats to one row that waits for one

@@ -21,8 +21,8 @@ class Plan:
     sampled: list[Request] = field(default_factory=list)  # requests that get a token from this plan
     sample_rows: list[int] = field(default_factory=list)  # row of the forward that each of them is sampled from
     sample_positions: list[int] = field(default_factory=list)  # where each token will stand: tokens before it
-    grown: list[tuple[int, int, int]] = field(default_factory=list)  # new block table entries: (seat, position, block)
-    marks: tuple[int, ...] = ()  # digests of all plans so far, see `spmd.schedule.trail`; empty: nobody asks
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # of block tables: (seat, position, block)
+    digests: tuple[int, ...] = ()  # digests of all plans so far, see `spmd.schedule.digests`; empty: nobody asks
 
     @property
     def num_rows(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens, named as in vLLM. Validated where rows are parsed (`spmd.io.rows`)."""
+    """How to choose tokens, named as in vLLM. Validated where rows are parsed (`spmd.api.rows`)."""
 
     max_tokens: int = 16
     min_tokens: int = 0

@@ -147,13 +147,13 @@ class Scheduler:
                 return False
             if victim in chosen:
                 chosen.remove(victim)
-                plan.grown = [entry for entry in plan.grown if entry[0] != victim.seat]
+                plan.new_blocks = [entry for entry in plan.new_blocks if entry[0] != victim.seat]
             if victim in passed_over:
                 passed_over.remove(victim)
             self._preempt(victim)
             if victim is request:
                 return False
-        plan.grown.append((request.seat, len(request.blocks), block := self.pool.take()))
+        plan.new_blocks.append((request.seat, len(request.blocks), block := self.pool.take()))
         request.blocks.append(block)
         return True
 
@@ -227,7 +227,7 @@ class Scheduler:
         request.seat = self._free_seats.pop()
         request.num_registered = len(shared)
         request.scheduled = request.cached = len(shared) * self.pool.block_size
-        plan.grown.extend((request.seat, index, block) for index, block in enumerate(request.blocks))
+        plan.new_blocks.extend((request.seat, index, block) for index, block in enumerate(request.blocks))
         self.prefilling.append(request)
         if self.pool.caching:
             self.counters.queried_tokens += len(request.tokens)

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, run, run_here
 
 from spmd.bench.__main__ import bench as measure
+from tests.support.jobs import ROOT, run, run_here
 
 SMALL = ("model=tiny", "workload.num_prompts=6", "workload.input_len=[5,9]", "workload.output_len=[3,6]", "device=cpu")
 ROOM = ("scheduler.max_num_seqs=4", "scheduler.num_blocks=64")

@@ -8,10 +8,10 @@ import pytest
 from spmd.bench.floor import Work, figures, lines, ranks_work
 from spmd.bench.rates import Rates
 from spmd.bench.workload import lengths
-from spmd.compose import CONF
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, WorkloadConfig, decode_rows
 from spmd.model.architecture import Architecture, read_architecture
 from spmd.model.cost import head_cost, head_params, layer_params
+from spmd.runtime.compose import CONF
 from spmd.topology import split_layers
 
 H200 = Rates(bandwidth=4.24e12, flops=785e12)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-from oracle import Task, make_task
+
+from tests.support.oracle import Task, make_task
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ from pathlib import Path
 from unittest.mock import PropertyMock, patch
 
 import pytest
-from driver import Report, answers, configure, drive, run
-from oracle import LONGEST, Task
-from ranks import Ranks
 
 from spmd.config import Config
-from spmd.model.stage import Stage
+from spmd.stage.stage import Stage
+from tests.support.driver import Report, answers, configure, drive, run
+from tests.support.oracle import LONGEST, Task
+from tests.support.ranks import Ranks
 
 TOPOLOGIES = {"single": (1, 1, 1), "pp2": (1, 2, 1), "tp2": (1, 1, 2), "pp2tp2": (1, 2, 2)}
 
@@ -61,14 +61,14 @@ def test_seats_change_hands_before_tokens_come_back(
     "delays_ms",
     [
         *((5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)),
-        *(pytest.param(late, marks=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
+        *(pytest.param(late, digests=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
     ],
 )
 def test_equal_plans_whoever_is_late(ranks: Ranks, qwen3: Task, tmp_path: Path, delays_ms: tuple[float, ...]) -> None:
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 2), lookahead=1, num_blocks=20)
     reports = run(ranks, config, drive, delays_ms)
     assert answers(reports) == qwen3.answers
-    assert len({tuple(tick.marks for tick in report.ticks) for report in reports}) == 1
+    assert len({tuple(tick.digests for tick in report.ticks) for report in reports}) == 1
 
 
 def drive_deferring(rank: int, config: Config, defer: int) -> Report:

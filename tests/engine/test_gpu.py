@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_runs import OPTIONS, solve
-from oracle import Task
-from ranks import Ranks
+
+from tests.support.gpu_runs import OPTIONS, solve
+from tests.support.oracle import Task
+from tests.support.ranks import Ranks
 
 Solved = Callable[[str], Task]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -9,16 +9,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from driver import Report, Tick, answers, configure, drive, run
-from oracle import Task
-from ranks import Ranks
 from safetensors import safe_open
 from torch import Tensor
 
-from spmd.build import model_shape, start
 from spmd.config import Config, ModelConfig, TopologyConfig
 from spmd.parallel.hidden import HiddenChannel
 from spmd.topology import Topology, split_layers
+from spmd.worker import model_shape, start
+from tests.support.driver import Report, Tick, answers, configure, drive, run
+from tests.support.oracle import Task
+from tests.support.ranks import Ranks
 
 BYTES_PER_LAYER = 2 * 4 * 2 * 16 * 4  # of a block: keys and values, tokens, kv heads, head_dim, float32
 
@@ -145,7 +145,7 @@ def test_pitfall_10_seats_change_hands_before_packets_land(
     "delays_ms",
     [
         *((5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)),
-        *(pytest.param(late, marks=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
+        *(pytest.param(late, digests=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
     ],
 )
 def test_pitfall_11_equal_plans_whoever_is_late(
@@ -155,12 +155,12 @@ def test_pitfall_11_equal_plans_whoever_is_late(
     config = configure(solved.model, solved.input, str(tmp_path), (1, 2, 2), async_depth=1, num_blocks=20)
     reports = run(ranks, config, drive, delays_ms)
     assert answers(reports) == solved.answers
-    assert len({tuple(tick.marks for tick in report.ticks) for report in reports}) == 1
+    assert len({tuple(tick.digests for tick in report.ticks) for report in reports}) == 1
 
 
 def drive_poor(rank: int, config: Config, rooms: list[int]) -> Report:
     """A rank whose memory is `rooms[rank]` bytes."""
-    with patch("spmd.model.build.CPU_CACHE_BYTES", rooms[rank]):
+    with patch("spmd.stage.build.CPU_CACHE_BYTES", rooms[rank]):
         return drive(rank, config)
 
 

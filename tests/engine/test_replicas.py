@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import Report, answers, configure, drive, run
-from jobs import write_rows
-from oracle import Task
-from ranks import Ranks
 
 from spmd.config import BalanceConfig
+from tests.support.driver import Report, answers, configure, drive, run
+from tests.support.jobs import write_rows
+from tests.support.oracle import Task
+from tests.support.ranks import Ranks
 
 TOPOLOGIES = {"dp2": (2, 1, 1), "dp4": (4, 1, 1), "dp2pp2": (2, 2, 1), "dp2tp2": (2, 1, 2)}
 MODELS = {"dense": ("qwen3", False), "experts": ("qwen3_moe", False), "shared_experts": ("qwen3_moe", True)}
@@ -103,7 +103,7 @@ def random_runs(number: int, seed: int = 0) -> list[Any]:
         )
         for _ in range(number)
     ]
-    return [pytest.param(*run, marks=[pytest.mark.full] if index >= 4 else []) for index, run in enumerate(runs)]
+    return [pytest.param(*run, digests=[pytest.mark.full] if index >= 4 else []) for index, run in enumerate(runs)]
 
 
 @pytest.mark.parametrize(("model", "topology", "balance", "options", "delays_ms"), random_runs(100))

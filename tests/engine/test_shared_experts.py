@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import answers, configure, run
-from oracle import Task
-from ranks import Ranks
 
 from spmd.config import BalanceConfig
+from tests.support.driver import answers, configure, run
+from tests.support.oracle import Task
+from tests.support.ranks import Ranks
 
 TOPOLOGIES = {"dp2": (2, 1, 1), "dp4": (4, 1, 1), "dp2pp2": (2, 2, 1), "dp2tp2": (2, 1, 2)}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -8,13 +8,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from driver import Report, answers, configure, drive, run
-from oracle import Task
-from ranks import Ranks
 
 from spmd.config import Config, GuardConfig
 from spmd.engine import Engine
 from spmd.signals import listening, name
+from tests.support.driver import Report, answers, configure, drive, run
+from tests.support.oracle import Task
+from tests.support.ranks import Ranks
 
 SLOW_MS = 8.0  # the pause after a tick is drawn up to here, so that a signal comes through before the end
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, read_rows
-from slurm_cluster import Cluster, cluster, missing, until
 
 from spmd.demo import prompts
+from tests.support.jobs import ROOT, read_rows
+from tests.support.slurm_cluster import Cluster, cluster, missing, until
 
 ROWS = 600
 DEMO = "model=demo device=cpu sampling.max_tokens=8 sampling.temperature=0 progress=false scheduler.max_num_seqs=4"

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES
 from transformers import Qwen3Config
 
 from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.rope import RopeConfig
 from spmd.topology import Topology
+from tests.support.checkpoints import FAMILIES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

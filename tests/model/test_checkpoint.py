@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FAMILIES, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from spmd.model.architecture import read_architecture
 from spmd.model.checkpoint import check_files, load, resolve
 from spmd.model.decoder import Decoder
 from spmd.parallel.tensor import TensorParallel
+from tests.support.checkpoints import FAMILIES, write_checkpoint
 
 Edit = Callable[[dict[str, Tensor]], object]
 

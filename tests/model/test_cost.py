@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import FAMILIES, OF_FAMILY, SHAPE
 
-from spmd.compose import CONF
+from spmd.backend.kv_cache import KVCache
 from spmd.model.architecture import Architecture, read_architecture
 from spmd.model.cost import head_cost, head_params, kv_bytes, layer_params, seen, touched_experts
 from spmd.model.decoder import Decoder
-from spmd.model.kv_cache import KVCache
+from spmd.runtime.compose import CONF
 from spmd.topology import split_layers
+from tests.support.checkpoints import FAMILIES, OF_FAMILY, SHAPE
 
 
 def architecture(folder: Path, family: str, **overrides: Any) -> Architecture:

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import FAMILIES, SCALINGS, write_checkpoint
-from ranks import Ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from spmd.backend.kv_cache import KVCache
+from spmd.backend.plain.backend import TorchBackend
 from spmd.model.architecture import read_architecture
-from spmd.model.backend import TorchBackend
 from spmd.model.batch import Batch, Span
 from spmd.model.checkpoint import load
 from spmd.model.decoder import Decoder
-from spmd.model.kv_cache import KVCache
 from spmd.model.weights import FBGEMM, computed_in, packed
 from spmd.parallel.groups import join
 from spmd.parallel.tensor import TensorParallel
+from tests.support.checkpoints import FAMILIES, SCALINGS, write_checkpoint
+from tests.support.ranks import Ranks
 
 BLOCK = 4
 PROMPTS = (37, 22, 9)
@@ -144,7 +144,7 @@ def test_stage_holds_only_its_share(tmp_path: Path) -> None:
 
 
 def test_long_chunk_is_cut_into_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spmd.model.attention.QUERY_TILE", 8)
+    monkeypatch.setattr("spmd.backend.plain.attention.QUERY_TILE", 8)
     path = write_checkpoint(tmp_path, "MistralForCausalLM", sliding_window=11)
     in_all_ways(Pipeline(path), reference(path))
 

@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoints import write_checkpoint
-from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spmd.build import build_scheduler, model_shape
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig
 from spmd.model.architecture import check_topology, read_architecture
-from spmd.model.build import build_stage, load_decoder
 from spmd.model.checkpoint import load
 from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
@@ -23,7 +19,11 @@ from spmd.parallel.groups import connect
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Scheduler
+from spmd.stage.build import build_stage, load_decoder
 from spmd.topology import Topology
+from spmd.worker import build_scheduler, model_shape
+from tests.support.checkpoints import write_checkpoint
+from tests.support.ranks import Ranks
 
 VOCAB, NUM_BLOCKS, TICKS = 128, 64, 50
 FAMILIES = {
@@ -136,9 +136,7 @@ def test_logits_are_those_of_the_whole_model(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize("backend", ["torch", "flashinfer"])
-def test_logits_of_two_gpus_are_those_of_one(
-    ranks: Ranks, tmp_path: Path, backend: str, enforce_eager: bool
-) -> None:
+def test_logits_of_two_gpus_are_those_of_one(ranks: Ranks, tmp_path: Path, backend: str, enforce_eager: bool) -> None:
     """In bfloat16, where sums travel rounded: now and then another expert is as good."""
     path = checkpoint(tmp_path, "qwen3_moe", head_dim=64)
     model = ModelConfig(path, dtype="bfloat16", attention_backend=backend, enforce_eager=enforce_eager)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spmd.backend.kv_cache import KVCache
+from spmd.backend.plain.backend import TorchBackend
 from spmd.model.architecture import Architecture
-from spmd.model.backend import TorchBackend
-from spmd.model.kv_cache import KVCache
 from spmd.model.moe import Experts, Routed
 from spmd.model.rope import RopeConfig
 from spmd.parallel.experts import ExpertParallel

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
 
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.groups import connect
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
 from spmd.topology import Topology
+from tests.support.ranks import Ranks
 
 SEATS = 6
 

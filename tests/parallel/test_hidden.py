@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 
 import torch
-from ranks import Ranks
 from torch import Tensor
 
 from spmd.parallel.groups import connect
 from spmd.parallel.hidden import HiddenChannel
 from spmd.topology import Topology
+from tests.support.ranks import Ranks
 
 HIDDEN = 512
 LARGE = 4096  # rows of 8 MB: more than the sockets between two ranks take in before the receiver asks

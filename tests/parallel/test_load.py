@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 
 from spmd.parallel.groups import connect
 from spmd.parallel.load import LoadExchange
 from spmd.topology import Topology
+from tests.support.ranks import Ranks
 
 TICKS = 12
 

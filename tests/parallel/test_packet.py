@@ -5,16 +5,16 @@ import time
 
 import torch
 import torch.distributed as dist
-from ranks import Ranks
 
 from spmd.parallel.groups import connect
 from spmd.parallel.packet import Packet, PacketWire
 from spmd.topology import Topology
+from tests.support.ranks import Ranks
 
 MOST = 5
 SENT = [
     Packet([], []),
-    Packet([7], [True], marks=(1, 2, 3, 2**32 - 1)),
+    Packet([7], [True], digests=(1, 2, 3, 2**32 - 1)),
     Packet([], [], stop=77),
     Packet([2**31, 0, 3, 4, 5], [False, True, False, False, True]),
     Packet([9, 9], [False, False], 78, (4, 5, 6, 7)),

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import Tensor
 
 from spmd.parallel.groups import connect
-from spmd.parallel.symmetric import MAX_BYTES, SymmetricBuffer
+from spmd.parallel.peer_memory import MAX_BYTES, SymmetricBuffer
 from spmd.parallel.tensor import TensorParallel
 from spmd.topology import Topology
+from tests.support.ranks import Ranks
 
 HIDDEN = 512
 TIMES = 16  # sums of one run, as a forward makes one after the other

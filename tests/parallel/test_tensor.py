@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import Tensor
 
 from spmd.parallel.groups import connect
 from spmd.parallel.tensor import TensorParallel
 from spmd.topology import Topology
+from tests.support.ranks import Ranks
 
 
 def slice_of(logits: Tensor, rank: int, size: int) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import run_here, write_rows
-from ranks import Ranks
 
 from spmd.config import ProfileConfig
 from spmd.report.profile import profiled
+from tests.support.jobs import run_here, write_rows
+from tests.support.ranks import Ranks
 
 
 def names(trace: Path) -> list[str]:

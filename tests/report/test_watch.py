@@ -1,6 +1,6 @@
 """Several watches as one."""
 
-from spmd.report.watch import all_of
+from spmd.report.profile import all_of
 
 
 def test_those_given_are_called_in_order() -> None:

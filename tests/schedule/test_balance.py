@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from spmd.api.rows import Job
 from spmd.bench.balance import Fleet, lognormal_jobs, make_job
-from spmd.io.rows import Job
 from spmd.schedule.balance import EXHAUSTED, Balance, Demand, Gate, Load, Rules, Turns
 from spmd.schedule.scheduler import Limits
 

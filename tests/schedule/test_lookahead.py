@@ -1,7 +1,8 @@
 """Commits that lag: rows are planned before the host knows their input token, or that their request has ended."""
 
 import pytest
-from simulation import Simulation, expected_output, make_request, make_scheduler, run_all
+
+from tests.support.simulation import Simulation, expected_output, make_request, make_scheduler, run_all
 
 LATE = [1, 2, 3]
 STOPS = tuple(range(0, 89, 4))  # a token in four ends a request that has them

@@ -3,9 +3,9 @@ import subprocess
 import sys
 
 import pytest
-from simulation import Simulation, expected_output, make_request, make_scheduler, run_all
 
-from spmd.schedule.trail import Trail
+from spmd.schedule.digests import DigestChain
+from tests.support.simulation import Simulation, expected_output, make_request, make_scheduler, run_all
 
 
 def decode_only(simulation, first_tick=0):
@@ -147,7 +147,7 @@ def test_pitfall_7_a_preempted_decode_gives_its_row_back():
             seen += 1
             assert all(r.seat >= 0 and r.blocks for r in plan.requests)
             assert len(plan.requests) == len(set(map(id, plan.requests)))
-            assert {seat for seat, _, _ in plan.grown} <= {r.seat for r in plan.requests}
+            assert {seat for seat, _, _ in plan.new_blocks} <= {r.seat for r in plan.requests}
     assert seen
 
 
@@ -234,7 +234,7 @@ def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
     copies = []
     for _ in range(2):
         simulation = run_all(make_scheduler(**sizes), [make_request(*args) for args in shape])
-        copies.append([*map(Trail().plan, simulation.plans)])
+        copies.append([*map(DigestChain().plan, simulation.plans)])
     assert copies[0] == copies[1]
 
 

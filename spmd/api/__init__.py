@@ -1,0 +1,1 @@
+"""What a row may ask and what an answer looks like."""

@@ -1,0 +1,143 @@
+"""Between text and tokens: loading the tokenizer, the text of an output, and stop strings while it grows."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoTokenizer
+
+from spmd.messages import first_line
+
+# Prompt tokens decoded in front of an output: SentencePiece drops the space before the first word it decodes.
+CONTEXT = 6
+TOKENIZER_FILES = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiece", "tekken")
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+
+
+def load_tokenizer(path: str, revision: str | None = None, now: datetime | None = None) -> Any | None:
+    """The tokenizer of a folder or Hub id; None for a folder without one, where prompts must be token ids.
+
+    `now` is what chat templates that write the date shall take for it: read on every rank by itself, the clock would
+    give ranks different prompts around midnight.
+
+    Raises:
+        ValueError: one line that names the path and the reason.
+    """
+    if os.path.isdir(path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(path)):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and json's
+        raise ValueError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
+    template = tokenizer.chat_template
+    if now and isinstance(template, dict):
+        tokenizer.chat_template = {name: _dated(text, now) for name, text in template.items()}
+    elif now and template:
+        tokenizer.chat_template = _dated(template, now)
+    return tokenizer
+
+
+def _dated(template: str, now: datetime) -> str:
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(now.strftime(call[2])), template)
+
+
+def load_generation_config(path: str, revision: str | None = None) -> dict[str, Any]:
+    """Content of generation_config.json of a folder or Hub id; without one, config.json's eos_token_id alone.
+
+    Raises:
+        ValueError: one line that names the file and the reason.
+    """
+    generation_config = _load_json(path, "generation_config.json", revision)
+    if generation_config is not None:
+        return generation_config
+    return {"eos_token_id": (_load_json(path, "config.json", revision) or {}).get("eos_token_id")}
+
+
+def output_text(tokenizer: Any, prompt: Sequence[int], output: Sequence[int], skip_special_tokens: bool) -> str:
+    """Text of `output` where it stands: behind `prompt`. Empty without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    context = list(prompt[-CONTEXT:])
+    before = _decode(tokenizer, context, skip_special_tokens)
+    whole = _decode(tokenizer, [*context, *output], skip_special_tokens)
+    # The prompt may end within a character that the output completes.
+    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, list(output), skip_special_tokens)
+
+
+class StopChecker:
+    """Looks for stop strings in the text of one growing output. Each token costs the decoding of a few."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.include_stop = include_stop
+        self.skip_special_tokens = skip_special_tokens
+        self.min_tokens = min_tokens  # a stop string that is complete by then doesn't count, as in vLLM
+        self.text = ""  # of the output so far; ends before (or behind) the stop string once there is one
+        self.num_tokens = 0
+        # Tokens not yet in `text`, behind those whose text may depend on them; `shown` is the text of the latter.
+        self.tokens = list(prompt[-CONTEXT:])
+        self.shown = len(self.tokens)
+
+    def push(self, token: int) -> str | None:
+        """Append a sampled token; the stop string that ends the output with it, if one does."""
+        self.num_tokens += 1
+        new = self._new_text(token)
+        old = len(self.text)
+        self.text += new
+        if not new or self.num_tokens <= self.min_tokens:
+            return None
+        found = []
+        for order, stop in enumerate(self.stop):
+            if (at := self.text.find(stop, max(0, old - len(stop) + 1))) >= 0:
+                found.append((at, order))
+        if not found:
+            return None
+        at, order = min(found)
+        stop = self.stop[order]
+        self.text = self.text[: at + len(stop) if self.include_stop else at]
+        return stop
+
+    def _new_text(self, token: int) -> str:
+        self.tokens.append(token)
+        before = _decode(self.tokenizer, self.tokens[: self.shown], self.skip_special_tokens)
+        whole = _decode(self.tokenizer, self.tokens, self.skip_special_tokens)
+        if whole.endswith(UNFINISHED) or len(whole) <= len(before):
+            return ""
+        del self.tokens[: self.shown]
+        self.shown = len(self.tokens)
+        return whole[len(before) :]
+
+
+def _decode(tokenizer: Any, tokens: list[int], skip_special_tokens: bool) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # several times faster than through transformers
+        return backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+    return tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def _load_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    try:
+        file = os.path.join(path, name) if os.path.isdir(path) else hf_hub_download(path, name, revision=revision)
+        with open(file, encoding="utf-8") as handle:
+            content = json.load(handle)
+    except (EntryNotFoundError, FileNotFoundError):
+        return None
+    except Exception as error:  # of the Hub's client, its HTTP library, the file system or json
+        raise ValueError(f"{name} of {path} could not be read: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} of {path} is not a JSON object")
+    return content

@@ -1,0 +1,1 @@
+"""Who computes: implementations of the port `spmd.model.backend`."""

@@ -1,0 +1,1 @@
+"""GPUs: FlashInfer's attention, and kernels of ours."""

@@ -1,0 +1,1 @@
+"""Plain PyTorch, on any device: the reference."""

@@ -1,0 +1,1 @@
+"""What ends a run that can't go on, and says why."""

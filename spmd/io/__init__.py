@@ -1,1 +1,0 @@
-"""Batch files: rows in, answers out."""

@@ -1,0 +1,1 @@
+"""What is done and never lost: the files of an output."""

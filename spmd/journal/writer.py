@@ -1,0 +1,69 @@
+"""What the leader of a replica does with answers: append each to the replica's part the moment it is finished."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spmd.journal.format import Entry, Header, write_entry, write_header
+from spmd.journal.locked_file import HeldFile, cannot_write
+from spmd.journal.paths import Paths
+
+CHECK_EVERY = 1.0  # seconds; on a network file system a look at a file waits until all of it is written
+
+
+class PartWriter:
+    """Appends the answers of one replica, each by one write that is seen at once; a killed run tears the last at most.
+
+    A part that is deleted under way is noticed within a second, or when it is closed, and written anew.
+
+    Raises:
+        ValueError: from any call, if the part can't be written or another run writes it. Answers that were written
+            before stay in it, as whole lines.
+    """
+
+    def __init__(self, output: str, dp_rank: int, header: Header) -> None:
+        """`header` tells later starts what the answers depend on, see `spmd.journal.format`."""
+        self.path = Paths.of(output).part(dp_rank)
+        self.written = 0
+        self.checked = time.monotonic()
+        with self._telling():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.held = HeldFile(self.path, lock=True)
+            self.held.append(write_header(header))
+
+    def write(self, index: int, answer: str, key: int | None = None, failed: bool = False) -> None:
+        """Append the answer line (without newline) of row `index`.
+
+        `key`: of the row's content, None if later attempts shall not pass over it; `failed`: the answer is an error.
+        """
+        with self._telling():
+            self.held.append(write_entry(Entry(index, time.time_ns(), key, failed, answer.encode())))
+            self.written += 1
+            if (now := time.monotonic()) - self.checked > CHECK_EVERY:
+                self.checked = now
+                self.held.restore()
+
+    def close(self) -> None:
+        """Close it before rank 0 merges: on a network file system only then the last rows are sure to be seen."""
+        with self, self._telling():
+            self.held.restore()
+            self.held.sync()
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.close()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError as error:
+            raise ValueError(f"{self.path} is written by another run: end it, or choose another output") from error
+        except OSError as error:
+            why = cannot_write(str(self.path), self.path.parent, error)
+            raise ValueError(
+                f"{why}; the {self.written:,} answers that it got in this run are safe: mend that, then start again "
+                f"with the same output to go on"
+            ) from error

@@ -1,0 +1,116 @@
+"""The input and the output of one run as its ranks have them: rank 0 holds the output, a replica's leader its part."""
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from spmd.api.reader import Reader, check_input, count_lines, input_digest
+from spmd.api.rows import RowParser
+from spmd.api.sampling_keys import default_sampling
+from spmd.api.tokenizer import load_generation_config
+from spmd.config import Config
+from spmd.journal.fingerprint import fingerprint
+from spmd.journal.journal import Journal
+from spmd.journal.key_table import KeyTable
+from spmd.journal.paths import shard_output
+from spmd.journal.writer import PartWriter
+from spmd.model.architecture import Architecture
+from spmd.stage.build import max_model_len
+from spmd.topology import Topology
+
+
+@dataclass(frozen=True)
+class Task:
+    """What rank 0 looks up for all, so that they go through the same rows."""
+
+    size: int  # bytes of input
+    done: bytes  # keys of rows to pass over
+    header: dict[str, Any]  # of all files of answers
+    now: datetime
+
+
+class Files:
+    """A context manager, which lets go of them with all answers in place.
+
+    Raises:
+        ValueError: from any call, what the user can mend.
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        if config.input is None or config.output is None:
+            raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
+        self.config = config
+        self.topology = topology
+        self.input = config.input
+        self.output = shard_output(config.output, config.shard)
+        self.journal: Journal | None = None
+        self.part: PartWriter | None = None
+
+    def open(self, arch: Architecture) -> Task | None:
+        """Check the input and, on rank 0, take hold of the output; what all ranks must know then."""
+        size = check_input(self.input)
+        if self.topology.rank:
+            return None
+        job, again = _job()
+        header = {"identity": _identity(self.config, arch), "model.path": self.config.model.path, "job": job}
+        self.journal = Journal(self.output, self.input, header, self.config.resume, again)
+        return Task(size, self.journal.known, self.journal.header, datetime.now())
+
+    def facts(self, task: Task, arch: Architecture) -> dict[str, str]:
+        """What this rank finds in the files that all ranks read for themselves."""
+        found = {"the digest of the input": input_digest(self.input, task.size)}
+        return found | {name: str(value) for name, value in _identity(self.config, arch).items()}
+
+    def reader(self, task: Task, parser: RowParser | None = None) -> Reader:
+        """The input from its first row on; without a parser none of its rows can be had."""
+        identity = json.dumps(task.header["identity"], sort_keys=True)
+        return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.config.shard)
+
+    def complete(self, task: Task) -> Reader | None:
+        """A reader that has met all rows, if none of them is left to answer. On rank 0."""
+        reader = self.reader(task)
+        if len(reader.done) * reader.shards < count_lines(self.input, task.size):
+            return None  # as nearly always; known without a look at the rows
+        return None if reader.take(own=False) else reader
+
+    def open_part(self, task: Task) -> None:
+        """On a leader, make its part."""
+        if self.topology.is_leader:
+            self.part = PartWriter(self.output, self.topology.dp_rank, task.header)
+
+    def close_part(self) -> None:
+        """On a leader, see to it that all of its part is on the disk."""
+        if self.part:
+            self.part.close()
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.part:
+            self.part.__exit__(*error)
+        if self.journal:
+            self.journal.close()
+
+
+def _identity(config: Config, arch: Architecture) -> dict[str, Any]:
+    """What all answers depend on besides their rows, the kernels' rounding, and room where max_tokens isn't set."""
+    m = config.model
+    assert m.path is not None
+    sampling = default_sampling(load_generation_config(m.path, m.revision), config.sampling, arch.vocab_size)
+    return {
+        **fingerprint(m.path, m.load_format, m.revision, m.tokenizer),
+        "model.dtype": str(arch.dtype).removeprefix("torch."),
+        "model.max_model_len": max_model_len(config, arch),
+        "model.overrides": m.overrides,
+        **{f"sampling.{key}": value for key, value in sampling.items()},
+    }
+
+
+def _job() -> tuple[str | None, bool]:
+    """The job that is started again when it is cut, by SLURM or by torchrun, and whether it has been."""
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return job, any(map(int, restarts))

@@ -1,0 +1,157 @@
+"""What all ranks must have alike before they work together, and who is named when they don't.
+
+Every rank plans for itself, so ranks that start from different configurations, files or libraries would drift apart:
+they would wait for each other forever or, worse, not notice. Each of them therefore writes down what it has as flat
+facts, and all compare them.
+"""
+
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spmd.config import Config
+from spmd.model.weights import computed_in
+
+ERROR = "error"  # a fact under this name is no fact but why its rank has none
+ABSENT = "absent"
+TOLD = 5  # differences that a message names
+OF_RANK_0 = ("run_dir", "progress")  # only its own count
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "jinja2", "triton", "flashinfer-python")
+# NCCL hangs if ranks differ in the first three, the others change what products yield.
+ENVIRONMENT = (
+    *("NCCL_ALGO", "NCCL_PROTO", "NCCL_BUFFSIZE"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE"),
+)
+
+
+def facts(config: Config) -> dict[str, str]:
+    """What this rank starts from: every key of its configuration, versions, its own source, its kind of device.
+
+    GPUs may be of several models: their memory is compared elsewhere, and no plan depends on anything else of them.
+    """
+    found = {key: value for key, value in _flat("", asdict(config)) if key not in OF_RANK_0}
+    found["python"] = platform.python_version()
+    found |= {package: installed for package in PACKAGES if (installed := _version(package))}
+    found["the kind of device"] = "cpu"
+    if config.device != "cpu" and torch.cuda.is_available():
+        found["the kind of device"] = "cuda"
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    else:
+        found |= {f"what computes {dtype}": str(computed_in(dtype, "cpu")) for dtype in (torch.bfloat16, torch.float16)}
+    found["the digest of spmd's source files"] = _source_digest()
+    found |= {f"the environment's {name}": os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    return found
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Return if the facts of all ranks of the default process group are equal; every rank must call this.
+
+    A rank that has no facts takes part with `{ERROR: why}`. Where all agree, two numbers a rank travel.
+
+    Raises:
+        ValueError: on every rank alike, naming what differs and on which ranks, or what ERROR says.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size > 1 and not _equal(facts):
+        everyone: list[tuple[str, Mapping[str, str]]] = [("", {})] * size
+        dist.all_gather_object(everyone, (host(), facts))
+        raise ValueError(difference(everyone))
+    if ERROR in facts:
+        raise ValueError(facts[ERROR])
+
+
+def host() -> str:
+    """The name under which people know this machine; SLURM's where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def difference(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """How the facts of ranks differ, as one line. `everyone` is each rank's host and facts."""
+    hosts = [host for host, _ in everyone]
+    for rank, (_, facts) in enumerate(everyone):
+        if ERROR in facts:
+            return f"{_where([rank], hosts)}: {facts[ERROR]}"
+    names = dict.fromkeys(name for _, facts in everyone for name in facts)
+    differing = (told for name in names if (told := _told(name, [facts.get(name) for _, facts in everyone], hosts)))
+    first = list(islice(differing, TOLD))
+    more = len(list(differing))
+    listed = "; ".join(first) + (f"; and {more} more" if more else "")
+    return f"ranks disagree: {listed}; start all ranks with the same command and the same files"
+
+
+def _told(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> str | None:
+    """Which value is whose, those of fewest ranks first; None if all have the same one."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(ABSENT if value is None else value, []).append(rank)
+    if len(ranks) == 1:
+        return None
+    *odd, (usual, rest) = sorted(ranks.items(), key=lambda item: (len(item[1]), -item[1][0]))
+    several = len(rest) > 1 and len(rest) * 2 > len(values)
+    told = [f"{_short(value)} on {_where(at, hosts)}" for value, at in odd]
+    return f"{name} is {_listed(told)}, {_short(usual)} on {'the others' if several else _where(rest, hosts)}"
+
+
+def _where(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """`ranks 1-3, 7 (node2)`, shortened where there are many."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    listed = _listed(["-".join(map(str, span)) for span in spans])
+    return f"rank{'s' * (len(ranks) > 1)} {listed} ({_listed(list(dict.fromkeys(hosts[rank] for rank in ranks)))})"
+
+
+def _listed(items: list[str], most: int = 4) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _short(value: str, most: int = 200) -> str:
+    return value if len(value) <= most else f"{value[:most]}..."
+
+
+def _equal(facts: Mapping[str, str]) -> bool:
+    """Whether all ranks have the same facts, by the largest and the smallest of their digests."""
+    content = json.dumps(dict(facts), sort_keys=True).encode()
+    digest = int.from_bytes(blake2b(content, digest_size=7).digest())
+    ends = torch.tensor([digest, -digest])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return bool(ends.sum() == 0)
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every value of nested mappings by its dotted name, as JSON."""
+    if not isinstance(value, dict):
+        yield name, json.dumps(value, default=str)
+        return
+    for key, child in value.items():
+        yield from _flat(f"{name}.{key}" if name else str(key), child)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _source_digest() -> str:
+    """Of the files that make this package, by name and content."""
+    folder, digest = Path(__file__).parents[1], blake2b(digest_size=8)
+    for file in sorted(file for ending in ("py", "cu") for file in folder.rglob(f"*.{ending}")):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(folder)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,71 @@
+"""From the command line to a Config by way of Hydra, and from its complaints to one line. Imports no torch."""
+
+import contextlib
+import io
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from spmd.config import Config, from_hydra, register_schema
+
+CONF = Path(__file__).parents[2] / "conf"
+USAGE = 2  # exit status of an error the user can mend
+PATIENCE = 20.0  # seconds rank 0 gets to tell an error before another rank does
+GRAMMAR = "advanced/override_grammar"  # Hydra refers to it when it can't parse an override
+QUOTING = "a value that holds = , ( ) or ~ needs quotes inside those of the shell: 'key=\"a=b\"'"
+# Lines of Hydra's error messages that tell a user of ours nothing, or, as the advice to append, mislead.
+NOISE = (
+    *("Set the environment variable", "To append to your config", "See https://hydra.cc", "Config search path"),
+    *("provider=", "full_key:", "reference_type=", "object_type="),
+)
+
+
+def compose(quiet: bool = False) -> Config:
+    """What Hydra makes of the command line. `--help` and `--cfg` print and exit.
+
+    Hydra runs nothing here: it would wrap and shorten the work's own errors. `quiet` ranks print nothing.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, no override at all, or a sweep.
+    """
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ValueError("--multirun would sweep inside every rank; sweep outside, one launch a point")
+    composed: list[DictConfig] = []
+
+    def keep(cfg: DictConfig) -> None:
+        composed.append(cfg)
+
+    register_schema()
+    complaints = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(complaints))
+        if quiet:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(keep)()
+        except SystemExit as end:
+            if not end.code:
+                raise
+            said = complaints.getvalue().strip().rpartition("error: ")[2]  # argparse's usage stands before
+            raise ValueError(f"{said}\n{QUOTING}" if GRAMMAR in said else said) from None
+    if not quiet:
+        sys.stderr.write(complaints.getvalue())
+    if not composed:
+        sys.exit()
+    return from_hydra(composed[0])
+
+
+def tell(error: ValueError, rank: int = 0) -> None:
+    """Print an error as one line, on rank 0.
+
+    torchrun ends all ranks as soon as one exits, so the others leave that to rank 0. One that is still there after
+    a while saw an error that rank 0 didn't.
+    """
+    if rank:
+        time.sleep(PATIENCE + rank)
+    lines = (line.strip() for line in str(error).splitlines())
+    told = ": ".join(line.rstrip(".:") for line in lines if line and not line.startswith(NOISE))
+    sys.stderr.write(f"error: {told}\n")

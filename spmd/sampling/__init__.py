@@ -1,0 +1,1 @@
+"""Choosing tokens, on the leader of a replica alone."""

@@ -1,0 +1,69 @@
+"""Repetition, frequency and presence penalties, and the token counts they need.
+
+Counts live on the device, one vocabulary-wide row for each request with a penalty. Sampled tokens are added there, as
+soon as they are chosen: the host may learn of them later, when the request has been sampled again already.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spmd.parallel.transfer import to_device
+from spmd.schedule.request import Request
+
+IN_PROMPT, ONE_OUTPUT = 1, 2  # a count is bit 0: in the prompt, and above it the occurrences in the output
+
+
+class TokenCounts:
+    """int32 table [rows, vocab], new_blocks on demand; rows of finished requests are taken over by new ones."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.table = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        self.free: list[int] = []
+        self.taken: dict[Request, int] = {}
+
+    def rows(self, requests: Sequence[Request]) -> Tensor:
+        """Row of the table of each of these unfinished requests, int64 [R] on the device.
+
+        A request is entered with its prompt and committed output when it is first seen; from then on `add` must be
+        told of each of its tokens.
+        """
+        rows = [self.taken[r] if r in self.taken else self._enter(r) for r in requests]
+        return to_device(rows, torch.int64, self.table.device)
+
+    def add(self, rows: Tensor, token_ids: Tensor) -> None:
+        """Count one more output token in each of `rows`; both int64 [R] on the device."""
+        self.table.index_put_((rows, token_ids), self.table.new_full((), ONE_OUTPUT), accumulate=True)
+
+    def _enter(self, request: Request) -> int:
+        if not self.free:
+            self._make_room()
+        row = self.taken[request] = self.free.pop()
+        tokens = to_device(request.tokens, torch.int64, self.table.device)
+        self.table[row].zero_().index_fill_(0, tokens[: request.prompt_len], IN_PROMPT)
+        output = tokens[request.prompt_len :]
+        self.add(torch.full_like(output, row), output)
+        return row
+
+    def _make_room(self) -> None:
+        finished = [request for request in self.taken if request.finish_reason is not None]
+        self.free = [self.taken.pop(request) for request in finished]
+        if not self.free:
+            rows = len(self.table)
+            self.free = list(range(rows, max(8, 2 * rows)))
+            self.table = torch.cat([self.table, self.table.new_zeros(len(self.free), self.table.shape[1])])
+
+
+def apply_penalties(scores: Tensor, counts: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Penalised copy of `scores` [rows, vocab], given the rows [rows, vocab] of `TokenCounts`.
+
+    As in vLLM: repetition over prompt and output (a positive score is divided, a negative one multiplied), frequency
+    and presence subtracted for the output alone.
+    """
+    columns = [(r.params.repetition_penalty, r.params.frequency_penalty, r.params.presence_penalty) for r in requests]
+    repetition, frequency, presence = to_device(columns, torch.float32, scores.device)[:, :, None].unbind(1)
+    occurrences = counts // ONE_OUTPUT
+    repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores = torch.where(counts > 0, repeated, scores)
+    return scores - frequency * occurrences - presence * (occurrences > 0)

@@ -1,0 +1,109 @@
+"""One rank's share of a tick: receive hidden states, run this stage's layers, send them on or sample."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from spmd.parallel.feedback import TokenFeedback
+from spmd.parallel.hidden import HiddenChannel
+from spmd.report.clock import StageClock
+from spmd.sampling.sampler import Sampled, Sampler, plain_greedy
+from spmd.schedule.plan import Plan
+from spmd.stage.cuda_graphs import Forward
+from spmd.stage.inputs import InputBuilder
+
+
+class Stage:
+    """`channel` is None without a pipeline, `feedback` without lookahead, `sampler` everywhere but on the leader."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        inputs: InputBuilder,
+        channel: HiddenChannel | None,
+        feedback: TokenFeedback | None,
+        sampler: Sampler | None,
+    ) -> None:
+        self.forward = forward
+        self.inputs = inputs
+        self.channel = channel
+        self.feedback = feedback
+        self.sampler = sampler
+        self.clock = StageClock(inputs.device)  # computing; waiting for hidden states is not counted
+
+    @property
+    def result_lag(self) -> int:
+        """Ticks for which samples had better stay on the device: a host that asks at once waits for the forward."""
+        return 1 if self.inputs.device.type == "cuda" else 0
+
+    def run(self, plan: Plan, shared_rows: int | None = None) -> Sampled | None:
+        """Run a plan; on the leader returns a token for each of `plan.sampled`, None if there are none.
+
+        Args:
+            shared_rows: where experts are spread over the replicas, the most rows that any of them has in this tick.
+                A replica with an empty plan then runs padding, unless all have. None: this replica runs by itself.
+        """
+        if self.feedback:
+            self.feedback.receive(plan)
+        if not plan.requests and not shared_rows:
+            return None
+        latest = self.feedback.latest if self.feedback else None
+        x, batch = self.inputs.build(plan, latest, self._decode_rows(plan, shared_rows))
+        batch = replace(batch, shared_rows=shared_rows)
+        x = self._receive(x, len(batch.positions))
+        with self.clock.busy():
+            x = self.forward(x, batch)
+            sampled = self._sample(plan, x) if self.forward.decoder.last and plan.sampled else None
+        self._send(x)
+        if self.feedback and sampled:
+            self.feedback.send(plan, sampled.token_ids)
+        return sampled
+
+    def _decode_rows(self, plan: Plan, shared_rows: int | None) -> int:
+        """Rows that the decodes take, equal on all stages.
+
+        In lockstep at least one, and as many as any replica has if there is a graph of these and no prompt beside them.
+        """
+        if not shared_rows or plan.num_prompt_tokens:
+            return plan.padded_decodes
+        return shared_rows if shared_rows in self.forward.graphs else max(plan.padded_decodes, 1)
+
+    def warm_up(self, prompt: int) -> None:
+        """Run a prompt of padding through the pipeline: opens its connections, compiles and loads kernels."""
+        ids, batch = self.inputs.padding(0, prompt)
+        self._send(self.forward(self._receive(ids, prompt), batch))
+
+    def _receive(self, ids: Tensor, rows: int) -> Tensor:
+        """What the forward starts from: token ids on the first stage, else the previous one's hidden states."""
+        if self.forward.decoder.first:
+            return ids
+        assert self.channel is not None
+        return self.channel.receive(rows)
+
+    def _send(self, x: Tensor) -> None:
+        if not self.forward.decoder.last:
+            assert self.channel is not None
+            self.channel.send(x)
+
+    def drain(self) -> None:
+        """Wait until all that was sent has left."""
+        if self.channel:
+            self.channel.drain()
+        if self.feedback:
+            self.feedback.drain()
+
+    @torch.inference_mode()
+    def _sample(self, plan: Plan, logits: Tensor) -> Sampled | None:
+        """All tensor ranks of the last stage bring their slices of the logits; the leader gets the tokens."""
+        head = self.forward.decoder.lm_head
+        assert head is not None
+        logits = logits[: len(plan.sampled)]  # behind these are those of padding rows
+        if plain_greedy(plan.sampled, plan.sample_positions):
+            token_ids = head.argmax(logits)
+            return Sampled(token_ids) if self.sampler else None
+        whole = head.gather(logits)
+        if self.sampler is None:
+            return None
+        assert whole is not None
+        return self.sampler.sample(whole, plan.sampled, plan.sample_positions)

@@ -1,0 +1,243 @@
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from spmd.api.rows import (
+    BATCH_KEYS,
+    CHAT_KEYS,
+    COMPLETION_KEYS,
+    IGNORED_KEYS,
+    MAX_LINE_BYTES,
+    UNSUPPORTED,
+    BadRow,
+    Job,
+    Row,
+    RowParser,
+    load,
+)
+from spmd.config import SamplingConfig
+from tests.support.broken_rows import MAX_MODEL_LEN, batch, broken_ways, good_row, make_rows
+from tests.support.tiny_tokenizer import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+
+
+def make_parser(tokenizer=TOKENIZER, sampling=None, generation_config=None, max_model_len=MAX_MODEL_LEN, capacity=1000):
+    config = SamplingConfig(**(sampling or {}))
+    return RowParser(tokenizer, generation_config or {}, config, max_model_len, capacity, len(TOKENIZER))
+
+
+def parse(row, **options):
+    return make_parser(**options).parse(json.dumps(row).encode(), 7)
+
+
+def params_of(row, **options):
+    job = parse(row, **options)
+    assert isinstance(job, Job), job
+    return job.requests[0].params
+
+
+def message_of(row, **options):
+    bad = parse(row, **options)
+    assert isinstance(bad, BadRow), bad
+    return bad.message
+
+
+def test_batch_completion():
+    body = {"model": "m", "prompt": "hello world", "max_tokens": 5, "return_token_ids": True, "priority": -2}
+    job = make_parser().parse(batch("a", "/v1/completions", body), 3)
+    assert isinstance(job, Job)
+    assert (job.index, job.custom_id, job.chat, job.return_token_ids) == (3, "a", False, True)
+    assert job.prompt_token_ids == TOKENIZER.encode("hello world") == [0, 264, 267, 268]
+    [request] = job.requests
+    assert (request.index, request.choice, request.tokens, request.priority) == (3, 0, job.prompt_token_ids, -2)
+    assert request.params.max_tokens == 5
+    assert request.params.eos_token_ids == (TOKENIZER.eos_token_id,)
+
+
+def test_batch_chat_goes_through_the_template():
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    job = make_parser().parse(batch("a", "/v1/chat/completions", {"messages": messages}), 0)
+    assert isinstance(job, Job) and job.chat
+    expected = "<|system|>be<eos><|user|>hello<eos><|assistant|>"
+    assert job.prompt_token_ids == TOKENIZER.encode(expected, add_special_tokens=False)
+
+
+def test_chat_options_reach_the_template():
+    def text(messages, **more):
+        job = parse({"messages": messages, **more})
+        assert isinstance(job, Job), job
+        return TOKENIZER.decode(job.prompt_token_ids)
+
+    user, begun = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "he"}
+    assert text([user], add_generation_prompt=False) == "<|user|>hello<eos>"
+    assert text([user, begun], continue_final_message=True) == "<|user|>hello<eos><|assistant|>he"
+    assert text([user], chat_template_kwargs={"shout": "ow"}) == "<|user|>hello<eos>ow<|assistant|>"
+    assert text([user], add_special_tokens=True).startswith("<bos><|user|>")
+
+
+def test_short_rows_get_an_id_unless_they_have_one():
+    for row in ({"prompt": "hello"}, {"prompt": [5, 6]}, {"messages": [{"role": "user", "content": "hi"}]}):
+        assert parse(row).custom_id == "row-7"
+        assert parse(row | {"custom_id": "mine"}).custom_id == "mine"
+    job = parse({"prompt": [5, 6], "temperature": 0.5, "metadata": {"of": "mine"}})
+    assert job.prompt_token_ids == [5, 6] and job.requests[0].params.temperature == 0.5
+
+
+def test_byte_order_mark_line_end_and_nulls_are_harmless():
+    job = make_parser().parse(b'\xef\xbb\xbf {"prompt": "hello", "stop": null, "stream": null, "echo": false} \r\n', 0)
+    assert isinstance(job, Job) and job.requests[0].params.stop == ()
+
+
+def test_n_choices_share_all_but_their_stream():
+    job = parse({"prompt": "hello", "n": 3})
+    assert [request.choice for request in job.requests] == [0, 1, 2]
+    assert len({request.params.stream for request in job.requests}) == 3
+    job.requests[0].tokens.append(5)
+    assert job.requests[1].tokens == job.prompt_token_ids == TOKENIZER.encode("hello")
+
+
+def test_logprobs_of_both_kinds():
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    assert params_of({"prompt": "a", "logprobs": 0}).logprobs == 0
+    assert params_of({"prompt": "a", "logprobs": 20}).logprobs == 20
+    assert params_of({"prompt": "a"}).logprobs is None
+    assert params_of(chat | {"logprobs": True, "top_logprobs": 3}).logprobs == 3
+    assert params_of(chat | {"logprobs": True}).logprobs == 0
+    assert params_of(chat, sampling={"logprobs": 2}).logprobs == 2
+    assert params_of(chat | {"logprobs": False}, sampling={"logprobs": 2}).logprobs is None
+
+
+def test_max_tokens_is_cut_to_the_room():
+    prompt = [5] * 60
+    assert params_of({"prompt": prompt}).max_tokens == 4
+    params = params_of({"prompt": prompt, "max_tokens": 50, "min_tokens": 50})
+    assert (params.max_tokens, params.min_tokens) == (4, 4)
+    assert params_of({"prompt": prompt, "max_tokens": 50}, capacity=62).max_tokens == 2
+    assert params_of({"prompt": "a", "max_tokens": 9, "max_completion_tokens": 3}).max_tokens == 3
+
+
+def test_a_prompt_that_leaves_no_room():
+    assert isinstance(parse({"prompt": [5] * 63}), Job)
+    bad = parse({"prompt": [5] * 64})
+    assert bad.code == "context_length_exceeded" and "64 tokens, max_model_len is 64" in bad.message
+    bad = parse({"prompt": [5] * 40}, capacity=32)
+    assert bad.code == "context_length_exceeded" and "KV cache holds 32" in bad.message and "40 tokens" in bad.message
+
+
+def test_without_a_tokenizer_only_token_ids_go():
+    assert parse({"prompt": [5, 6]}, tokenizer=None).prompt_token_ids == [5, 6]
+    assert "no tokenizer" in message_of({"prompt": "hello"}, tokenizer=None)
+    assert "none" in message_of({"messages": [{"role": "user", "content": "hi"}]}, tokenizer=None)
+    assert "tokenizer" in message_of({"prompt": [5], "stop": "x"}, tokenizer=None)
+
+
+def test_a_tokenizer_without_a_template():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    assert "chat template" in message_of({"messages": [{"role": "user", "content": "hi"}]}, tokenizer=tokenizer)
+
+
+def test_ids_that_the_model_does_not_know():
+    parser = RowParser(TOKENIZER, {}, SamplingConfig(), 64, 64, vocab_size=100)
+    bad = parser.parse(b'{"prompt": "hello"}', 0)
+    assert isinstance(bad, BadRow) and "264" in bad.message and "100" in bad.message
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "temperature": -1}, ["temperature", "-1", "at least 0"]),
+        ({"prompt": "a", "top_p": 0}, ["top_p", "0", "above 0"]),
+        ({"prompt": "a", "top_p": 1.5}, ["top_p", "1.5", "at most 1"]),
+        ({"prompt": "a", "n": 0}, ["n=0", "at least 1"]),
+        ({"prompt": "a", "max_tokens": 0}, ["max_tokens=0", "at least 1"]),
+        ({"prompt": "a", "min_tokens": 5, "max_tokens": 4}, ["min_tokens=5", "max_tokens=4"]),
+        ({"prompt": [5, 269]}, ["prompt[1]=269", "0 to 268"]),
+        ({"prompt": "a", "logprobs": 21}, ["logprobs=21", "at most 20"]),
+        ({"prompt": "a", "temprature": 1}, ["temprature", "temperature"]),
+        ({"prompt": "a", "stream": True}, ["stream=true"]),
+        ({"prompt": "a", "messages": []}, ["both", "prompt", "messages"]),
+        ({"url": "/v1/x", "body": {}}, ["/v1/x", "/v1/completions"]),
+        ({"url": "/v1/completions", "body": {"prompt": "a"}, "max_tokens": 5}, ["max_tokens", "beside body"]),
+        ({"messages": [{"role": "poet", "content": "a"}]}, ["template", "poet"]),
+    ],
+)
+def test_messages_name_the_reason_the_value_and_the_limit(row, words):
+    message = message_of(row)
+    assert all(word in message for word in words), message
+
+
+def test_a_bad_row_keeps_its_id():
+    assert parse({"custom_id": "mine", "prompt": "a", "temperature": float("nan")}).custom_id == "mine"
+    assert parse({"custom_id": "mine", "prompt": "\ud800"}).custom_id == "mine"
+    assert parse({"custom_id": "\ud800", "prompt": "a"}).custom_id == "row-7"
+    assert parse({"custom_id": 5, "prompt": "a"}).custom_id == "row-7"
+
+
+def test_an_absurdly_large_line():
+    bad = load(b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}', 1)
+    assert isinstance(bad, BadRow) and str(MAX_LINE_BYTES) in bad.message and len(bad.message) < 200
+
+
+def test_messages_are_short_one_liners_and_each_way_has_its_own():
+    parser = make_parser()
+    seen = Counter()
+    for way in broken_ways():
+        result = parser.parse(way(0), 5)
+        if isinstance(result, Job):  # only the duplicate parses by itself
+            assert result.custom_id == "good-0"
+            continue
+        assert 0 < len(result.message) < 350 and "\n" not in result.message, result
+        seen[result.message] += 1
+    assert len(seen) >= 60 and max(seen.values()) <= 3
+
+
+def test_the_thousand_row_input():
+    rows = make_rows(900, 100)
+    assert len(rows) == 1000 and all(row.endswith(b"\n") and row.count(b"\n") == 1 for row in rows)
+    parser = make_parser()
+    results = [parser.parse(row, index) for index, row in enumerate(rows)]
+    duplicates = [result for result in results[1:] if result.custom_id == "good-0"]
+    assert sum(isinstance(result, BadRow) for result in results) + len(duplicates) == 100
+    assert len({result.message for result in results if isinstance(result, BadRow)}) >= 50
+    assert isinstance(results[0], Job)
+
+
+def test_no_bytes_make_it_raise():
+    parser = make_parser()
+    chance = random.Random(0)
+    seeds = [good_row(n) for n in range(4)] * 20 + [way(0) for way in broken_ways()]
+    values = [b"null", b"-1", b"1e999", b"NaN", b"true", b'""', b"[]", b"{}", b'"\\udfff"', b"[[1]]", b'{"a":[{}]}']
+    kinds = Counter()
+    for _ in range(6000):
+        line = bytearray(chance.choice(seeds))
+        for _ in range(chance.randint(1, 2)):
+            start = chance.randrange(len(line) + 1)
+            end = min(len(line), start + chance.randint(0, 6))
+            line[start:end] = chance.choice([chance.randbytes(chance.randint(0, 3)), chance.choice(values), line[:8]])
+        result = parser.parse(bytes(line), 0)
+        result.custom_id.encode()
+        if isinstance(result, BadRow):
+            result.message.encode()
+        kinds[type(result)] += 1
+    assert kinds[Job] > 20 and kinds[BadRow] > 1000
+
+
+def test_any_value_for_any_key_is_a_job_or_a_bad_row():
+    parser = make_parser()
+    values = [None, True, False, 0, 1, -1, 2.5, 10**40, -(10**40), 1e300, "", "a", [], [1], [[]], ["a"], {}]
+    values += [{"1": 1}, {"a": {}}]
+    keys = sorted(BATCH_KEYS | CHAT_KEYS | COMPLETION_KEYS | IGNORED_KEYS | UNSUPPORTED.keys() | {"", "é"})
+    for base in ({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}):
+        for key in keys:
+            for value in values:
+                result = parser.parse(json.dumps(base | {key: value}).encode(), 0)
+                assert isinstance(result, Job | BadRow)
+
+
+def test_load_gives_the_id_without_building():
+    row = load(b'{"custom_id": "a", "temperature": "never looked at"}', 4)
+    assert isinstance(row, Row) and (row.index, row.custom_id) == (4, "a")

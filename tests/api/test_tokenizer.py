@@ -1,0 +1,122 @@
+import json
+import random
+from datetime import datetime
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from spmd.api.tokenizer import StopChecker, load_generation_config, load_tokenizer, output_text
+from tests.support.tiny_tokenizer import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+
+
+def ids(text):
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def run(text, stop, prompt="hello", **options):
+    """Push the tokens of `text`: the stop string, tokens needed, and text."""
+    checker = StopChecker(TOKENIZER, ids(prompt), stop, **options)
+    for count, token in enumerate(ids(text), start=1):
+        if found := checker.push(token):
+            return found, count, checker.text
+    return None, count, checker.text
+
+
+def test_load_tokenizer(tmp_path):
+    make_tokenizer(tmp_path / "with")
+    assert load_tokenizer(str(tmp_path / "with")).encode("hello") == TOKENIZER.encode("hello")
+    (tmp_path / "without").mkdir()
+    assert load_tokenizer(str(tmp_path / "without")) is None
+    (tmp_path / "without" / "tokenizer.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded from .*without") as caught:
+        load_tokenizer(str(tmp_path / "without"))
+    assert "\n" not in str(caught.value)
+
+
+def test_load_generation_config(tmp_path):
+    folder = str(tmp_path)
+    assert load_generation_config(folder) == {"eos_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3, "hidden_size": 8}))
+    assert load_generation_config(folder) == {"eos_token_id": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4], "top_k": 20}))
+    assert load_generation_config(folder) == {"eos_token_id": [3, 4], "top_k": 20}
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        load_generation_config(folder)
+
+
+def test_output_text_with_and_without_special_tokens():
+    output = [*ids("hello"), TOKENIZER.eos_token_id]
+    assert output_text(TOKENIZER, ids("hi"), output, skip_special_tokens=True) == "hello"
+    assert output_text(TOKENIZER, ids("hi"), output, skip_special_tokens=False) == "hello<eos>"
+    assert output_text(None, [1], output, skip_special_tokens=True) == ""
+    assert output_text(TOKENIZER, ids("hi"), [100_000], skip_special_tokens=True) == ""  # a padded embedding's
+
+
+def test_output_text_keeps_the_space_that_sentencepiece_drops_at_the_start():
+    class Metaspace:
+        backend_tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
+
+    Metaspace.backend_tokenizer.decoder = decoders.Metaspace()
+    assert output_text(Metaspace(), [0], [1, 0], skip_special_tokens=True) == " b a"
+
+
+def test_output_text_where_the_prompt_ends_within_a_character():
+    euro = ids("€")
+    assert len(euro) == 3
+    assert output_text(TOKENIZER, euro[:2], [*euro[2:], *ids("x")], True).endswith("x")
+
+
+def test_stop_string_over_several_tokens():
+    assert run("hello world", ["o w"]) == ("o w", 2, "hell")
+    assert run("abcdef", ["cde"]) == ("cde", 5, "ab")
+    assert run("abcdef", ["cde"], include_stop=True) == ("cde", 5, "abcde")
+    assert run("abcdef", ["xyz"]) == (None, 6, "abcdef")
+
+
+def test_the_earliest_stop_string_wins():
+    assert run("hello", ["o", "ll"]) == ("ll", 1, "he")
+
+
+def test_stop_string_within_one_token_and_at_the_start():
+    assert run("hello", ["he"]) == ("he", 1, "")
+
+
+def test_the_prompt_is_not_searched():
+    assert run("x", ["lox", "hello"]) == (None, 1, "x")
+
+
+def test_stop_strings_of_characters_of_several_bytes():
+    assert run("a€b😀c", ["€b"]) == ("€b", 5, "a")
+    assert run("a€b😀c", ["😀"]) == ("😀", 9, "a€b")
+
+
+def test_min_tokens_holds_stop_strings_back():
+    assert run("ababab", ["b"], min_tokens=3) == ("b", 4, "aba")
+
+
+def test_special_tokens_within_a_stop_string():
+    checker = StopChecker(TOKENIZER, [], ["ab"])
+    assert [checker.push(token) for token in (*ids("a"), TOKENIZER.eos_token_id, *ids("b"))] == [None, None, "ab"]
+    checker = StopChecker(TOKENIZER, [], ["<eos>"], skip_special_tokens=False)
+    assert [checker.push(token) for token in (*ids("a"), TOKENIZER.eos_token_id)] == [None, "<eos>"]
+
+
+def test_growing_text_equals_the_text_decoded_at_once():
+    chance = random.Random(0)
+    for _ in range(50):
+        prompt, output = ([chance.randrange(len(TOKENIZER)) for _ in range(length)] for length in (9, 60))
+        prompt, output = prompt + ids("."), output + ids(".")  # both end with a whole character
+        checker = StopChecker(TOKENIZER, prompt, ["never to be found"])
+        assert all(checker.push(token) is None for token in output)
+        assert checker.text == output_text(TOKENIZER, prompt, output, True)
+
+
+def test_templates_take_the_date_they_are_given(tmp_path):
+    made = make_tokenizer(tmp_path)
+    made.chat_template = "{{ strftime_now('%d %b %Y') }}|{{ messages[0]['content'] }}"
+    made.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), now=datetime(2020, 2, 3))
+    assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "03 Feb 2020|hi"

@@ -1,0 +1,94 @@
+"""The experts' Triton kernels against plain PyTorch in float32. With TRITON_INTERPRET=1 they need no GPU.
+
+The interpreter multiplies in float16 only; grouped products of many rows take bfloat16 alone.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spmd.model.moe import Routed
+from tests.support.triton_here import DEVICE, INTERPRETED, MARKS
+
+pytestmark = MARKS
+FEW_DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
+TOLERANCE = 0.012  # of the norm
+
+
+class Shape(NamedTuple):
+    tokens: int
+    padding: int
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    own: range
+
+
+SHAPES = [
+    Shape(1, 0, 256, 64, 8, 2, range(8)),
+    Shape(5, 2, 128, 96, 16, 4, range(4, 12)),
+    Shape(40, 4, 192, 80, 16, 8, range(8, 16)),  # more rows than a block has
+]
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def expected(x: Tensor, routed: Routed, own: range, gate_up: Tensor, down: Tensor) -> Tensor:
+    out = torch.zeros(len(x), down.shape[1], device=x.device)
+    for i, expert in enumerate(own):
+        for token, choice in (routed.experts == expert).nonzero().tolist():
+            gate, up = F.linear(x[token].float(), gate_up[i].float()).chunk(2)
+            out[token] += routed.weights[token, choice].float() * F.linear(F.silu(gate) * up, down[i].float())
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_choice_is_softmax_and_topk(shape: Shape, normalize: bool) -> None:
+    from spmd.backend.cuda.expert_kernels import choose
+
+    x = drawn(shape.tokens, shape.hidden, dtype=torch.bfloat16, seed=0)
+    logits = torch.stack([torch.randperm(shape.experts) for _ in x]).to(DEVICE, torch.bfloat16) / 4  # without ties
+    weights, experts = logits.softmax(dim=-1, dtype=torch.float32).topk(shape.top_k)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    packed = choose(x, logits, shape.tokens + shape.padding, shape.top_k, normalize)
+    chosen = Routed.unpacked(packed, shape.top_k)
+    assert torch.equal(chosen.x[: shape.tokens], x) and torch.equal(chosen.experts[: shape.tokens].long(), experts)
+    torch.testing.assert_close(chosen.weights[: shape.tokens].float(), weights, rtol=2**-7, atol=1e-5)
+    assert not chosen.x[shape.tokens :].any() and (chosen.experts[shape.tokens :] == -1).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("few", [True, False])
+def test_this_ranks_share(shape: Shape, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows behind the last own expert's hold whatever the memory held: here what no sum survives."""
+    from spmd.backend.cuda import expert_kernels as mixture
+
+    monkeypatch.setattr(mixture, "FEW", mixture.FEW if few else 0)
+    monkeypatch.setattr(mixture.F, "grouped_mm", poisoned(F.grouped_mm))
+    dtype = FEW_DTYPE if few else torch.bfloat16
+    x = drawn(shape.tokens, shape.hidden, dtype=dtype, seed=0)
+    logits = drawn(shape.tokens, shape.experts, dtype=dtype, seed=1)
+    gate_up = drawn(len(shape.own), 2 * shape.inner, shape.hidden, dtype=dtype, seed=2) / shape.hidden**0.5
+    down = drawn(len(shape.own), shape.hidden, shape.inner, dtype=dtype, seed=3) / shape.inner**0.5
+    packed = mixture.choose(x, logits, shape.tokens + shape.padding, shape.top_k, True)
+    exact = expected(x, Routed.unpacked(packed, shape.top_k), shape.own, gate_up, down)
+    share = mixture.mix(packed, shape.top_k, shape.own.start, gate_up, down).float()
+    assert (share[: shape.tokens] - exact).norm() < TOLERANCE * exact.norm()
+    assert not share[shape.tokens :].any()
+
+
+def poisoned(grouped_mm):  # type: ignore[no-untyped-def]
+    def product(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        out = grouped_mm(x, weight, offs=offs)
+        out[offs[-1] :] = float("nan")
+        return out
+
+    return product

@@ -1,0 +1,117 @@
+"""The estimate of what a forward takes, against the tensors alive in real ones."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spmd.backend.kv_cache import KVCache
+from spmd.backend.plain.backend import TorchBackend
+from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig
+from spmd.model.architecture import Architecture, read_architecture
+from spmd.model.decoder import Decoder
+from spmd.runtime.compose import CONF
+from spmd.sampling.sampler import Sampler
+from spmd.schedule.request import Request, SamplingParams
+from spmd.stage.activations import SAMPLING_BYTES, activation_bytes
+from spmd.stage.inputs import InputBuilder
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors made within it that were alive at once."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.seen:
+            return
+        self.seen.add(place)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+        weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place: int, size: int) -> None:
+        self.seen.discard(place)
+        self.alive -= size
+
+
+def shape(name: str, **changes: Any) -> Architecture:
+    arch = replace(read_architecture(str(CONF / "shapes" / name)), **changes)
+    return replace(arch, num_layers=2, sparse=arch.sparse[:2], windows=arch.windows[:2])
+
+
+def configured(rows: int, **topology: Any) -> Config:
+    scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=rows)
+    return Config(ModelConfig(), TopologyConfig(**topology), scheduler, device="cpu")
+
+
+def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
+    """Of a prompt of so many tokens, of which eight are sampled on the last stage."""
+    decoder = Decoder(arch, last=last)
+    for parameter in decoder.parameters():
+        parameter.fill_(0.01)
+    cache = KVCache(arch, arch.num_layers, rows // 16 + 2, 16)
+    inputs = InputBuilder(8, rows // 16 + 2, rows, 16, torch.device("cpu"))
+    backend = TorchBackend(arch, decoder.range, cache)
+    ids, batch = inputs.padding(0, rows)
+    batch = replace(batch, sample_rows=torch.arange(8))
+    with torch.inference_mode(), Peak(*decoder.parameters(), cache.keys, cache.values, inputs.tables) as peak:
+        x = decoder(ids, batch, backend)
+        if last:
+            params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+            Sampler(arch.vocab_size, "cpu").sample(x, [Request(i, 0, [1, 2], params) for i in range(8)], [2] * 8)
+    return peak.most
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "last"),
+    [
+        (lambda: shape("small"), 128, False),
+        (lambda: shape("small"), 1024, False),
+        (lambda: shape("small"), 16, True),
+        (lambda: shape("tiny"), 512, True),
+        (lambda: shape("qwen3_30b_a3b", num_experts=8), 128, False),
+    ],
+    ids=["small 128", "small 1024", "small head", "tiny 512", "moe"],
+)
+def test_a_forward_takes_no_more_and_at_least_half(arch: Callable[[], Architecture], rows: int, last: bool) -> None:
+    estimate = activation_bytes(configured(rows), arch(), "cpu", rows, last)
+    assert estimate / 2 <= forward_peak(arch(), rows, last) <= estimate
+
+
+def test_no_sampling_takes_more_bytes_a_logit() -> None:
+    vocab, rows = 5000, 16
+    for values in ({"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 5}):
+        params = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, **values)  # type: ignore[arg-type]
+        with Peak() as peak:
+            requests = [Request(i, 0, [1, 2], params) for i in range(rows)]
+            Sampler(vocab, "cpu").sample(torch.randn(rows, vocab).bfloat16(), requests, [2] * rows)
+        assert peak.most <= (SAMPLING_BYTES + 3) * rows * vocab  # 2 of these are the logits
+
+
+def test_what_is_kept_on_gpus_counts() -> None:
+    arch = shape("small")
+    alone = activation_bytes(configured(1024), arch, "cuda", 1024, False)
+    assert activation_bytes(configured(1024, pp=2), arch, "cuda", 1024, False) > alone
+    assert activation_bytes(configured(1024), arch, "cuda", 1024, True) > alone
+    eager = replace(configured(1024), model=ModelConfig(enforce_eager=True))
+    assert activation_bytes(eager, arch, "cuda", 1024, False) < alone
+    moe = shape("qwen3_30b_a3b")
+    apart = activation_bytes(configured(8192, dp=4), moe, "cuda", 1024, False)
+    assert activation_bytes(configured(8192, dp=4, ep=True), moe, "cuda", 1024, False) > 2 * apart

@@ -1,0 +1,176 @@
+"""What a stage is said to need, against what its ranks allocate; and what is refused, with advice that helps."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spmd.backend.kv_cache import KVCache
+from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig
+from spmd.model.architecture import read_architecture
+from spmd.parallel.groups import Groups, connect
+from spmd.runtime.compose import CONF
+from spmd.stage.build import load_decoder, stages
+from spmd.stage.memory import (
+    Device,
+    blocks_that_fit,
+    check_memory,
+    least_blocks,
+    machine_bytes,
+    most_blocks,
+    needs,
+    readable,
+    smallest_of_stages,
+    this_device,
+)
+from spmd.topology import Topology
+from spmd.worker import model_shape
+from tests.support.checkpoints import write_checkpoint
+from tests.support.ranks import Ranks
+
+CPU = torch.device("cpu")
+GIB = 2**30
+EIGHT_B = read_architecture(str(CONF / "shapes" / "qwen3_8b"))
+
+
+def configured(dp: int = 1, pp: int = 1, tp: int = 1, ep: bool = False, path: str | None = None) -> Config:
+    return Config(ModelConfig(path, load_format="dummy"), TopologyConfig(dp, pp, tp, ep=ep))
+
+
+def gpu(gib: float, used: float = 0.0, place: str = "") -> Device:
+    return Device("cuda", int(gib * GIB), int(used * GIB), place)
+
+
+def refused(config: Config, *devices: Device) -> str:
+    with pytest.raises(ValueError, match="each rank of stage") as raised:
+        check_memory(config, EIGHT_B, devices)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "splits"),
+    [
+        ("Qwen2ForCausalLM", [(1, 1, 1, False), (1, 2, 1, False), (1, 1, 2, False), (2, 2, 2, False)]),
+        ("Qwen3MoeForCausalLM", [(1, 2, 2, False), (1, 1, 2, True), (2, 2, 1, True), (2, 1, 2, True)]),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_those_that_loading_allocates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, splits: list[tuple[int, int, int, bool]], tied: bool
+) -> None:
+    monkeypatch.setattr("spmd.model.decoder.Decoder.pack", lambda decoder, rows: None)  # which hides what it reorders
+    path = write_checkpoint(tmp_path, family, vocab_size=129, tie_word_embeddings=tied)
+    for dp, pp, tp, ep in splits:
+        config = configured(dp, pp, tp, ep, path)
+        for rank in range(dp * pp * tp):
+            topology = Topology(dp, pp, tp, rank)
+            arch = model_shape(config, topology)
+            decoder = load_decoder(config, arch, topology, Groups(), CPU)
+            storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in decoder.parameters()}
+            needed = needs(config, arch, "cpu")[topology.pp_rank]
+            assert needed.weights == sum(storages.values())
+            assert needed.layers == decoder.range == stages(config, arch)[topology.pp_rank]
+            cache = KVCache(arch, len(decoder.range), 7, 16, tp)
+            assert 7 * needed.block == cache.keys.nbytes + cache.values.nbytes
+
+
+def test_the_whole_sum_is_told_and_every_advice_helps() -> None:
+    config = configured(pp=2)
+    told = refused(config, *[gpu(11, used=0.5, place="rank 3 on node2")] * 2)
+    assert told.startswith(
+        "each rank of stage 0 (layers 0-18) needs 11.0 GiB: weights 8.0 GiB, the KV cache of one request of 40960 "
+        "tokens 3.0 GiB, beside activations of about 2."
+    )
+    assert "the smallest GPU (rank 3 on node2) has 11.0 GiB, 512.0 MiB of it taken, and " in told
+    assert "scheduler.gpu_memory_utilization=0.9 leaves 9.4 GiB; use topology.pp=4 or topology.tp=2 or " in told
+    for total, used, wanted in ((11, 0.5, 3), (12.2, 0.5, 4), (8, 0.5, 2)):
+        devices = [gpu(total, used)] * 2
+        advice = re.findall(r"(\w+)\.(\w+)=([\d.]+)(?= or |$)", refused(config, *devices).rpartition("use ")[2])
+        assert len(advice) == wanted, advice
+        for section, key, value in advice:
+            number = float(value) if "." in value else int(value)
+            changed = replace(config, **{section: replace(getattr(config, section), **{key: number})})
+            check_memory(changed, EIGHT_B, devices[:1] * changed.topology.pp)
+
+
+def test_where_nothing_helps() -> None:
+    assert refused(configured(), gpu(1)).endswith("use more stages and tensor ranks, or larger GPUs")
+
+
+def test_each_stage_has_a_device_of_its_own() -> None:
+    """Stages split by hand may fit GPUs that are not alike."""
+    config = replace(configured(), topology=TopologyConfig(pp=2, layers=[26, 10]))
+    check_memory(config, EIGHT_B, [gpu(24), gpu(12)])
+    assert "each rank of stage 0 (layers 0-25)" in refused(config, gpu(12), gpu(24))
+
+
+def test_blocks_that_are_asked_for_must_fit() -> None:
+    config = replace(configured(), scheduler=SchedulerConfig(num_blocks=1000))
+    assert least_blocks(config, EIGHT_B, "cuda") == most_blocks(config, EIGHT_B, "cuda") == 1000
+    check_memory(config, EIGHT_B, [gpu(40)])
+    told = refused(config, gpu(24))
+    assert "the KV cache of scheduler.num_blocks=1000 blocks 8.8 GiB" in told
+    assert re.search(r"or scheduler\.num_blocks=\d+$", told)
+
+
+def test_blocks_that_fit_are_those_of_the_fullest_stage() -> None:
+    config = replace(configured(pp=2), scheduler=SchedulerConfig(gpu_memory_utilization=0.5))
+    each = needs(config, EIGHT_B, "cuda")
+    fit = blocks_that_fit(config, EIGHT_B, [gpu(40), gpu(80)])
+    assert fit == (20 * GIB - each[0].weights) // each[0].block
+    assert blocks_that_fit(config, EIGHT_B, [gpu(4000), gpu(4000)]) == 1 + 128 * math.ceil(40960 / 64)
+    assert (
+        blocks_that_fit(config, EIGHT_B, [Device("cpu", GIB)] * 2) == 4 * GIB // needs(config, EIGHT_B, "cpu")[0].block
+    )
+
+
+def test_activations_are_only_warned_of() -> None:
+    assert check_memory(configured(), EIGHT_B, [gpu(80)]) == []
+    [told] = check_memory(configured(pp=2), EIGHT_B, [gpu(16)] * 2)
+    assert re.match(r"activations on stage 0 .* may take 2\.\d GiB \(an estimate\), where weights and KV cache", told)
+    share = float(re.findall(r"gpu_memory_utilization=([\d.]+)", told)[0])
+    config = replace(configured(pp=2), scheduler=SchedulerConfig(gpu_memory_utilization=share))
+    assert check_memory(config, EIGHT_B, [gpu(16)] * 2) == []
+
+
+def test_a_machine_that_cannot_hold_the_weights_is_warned_of() -> None:
+    assert check_memory(configured(pp=2), EIGHT_B, [Device("cpu", 9 * GIB)] * 2) == []
+    [told] = check_memory(configured(pp=2), EIGHT_B, [Device("cpu", 9 * GIB), Device("cpu", 7 * GIB)])
+    assert told.startswith("the weights of a rank take 7.6 GiB in the mean, its share of its machine's memory is 7.0 G")
+    assert this_device(CPU, ranks=4).total == machine_bytes() // 4 > 2**24
+
+
+def gathered(rank: int, config: Config, devices: list[Device]) -> list[Device]:
+    t = config.topology
+    topology = Topology(t.dp, t.pp, t.tp, rank)
+    connect(topology, CPU)
+    return smallest_of_stages(devices[rank], config, topology)
+
+
+def test_the_smallest_device_of_each_stage_is_found(ranks: Ranks) -> None:
+    """A GPU that others use is as good as a small one."""
+    devices = [gpu(16), gpu(80, used=70), gpu(80), gpu(40, used=1)]
+    found = ranks.run(4, gathered, configured(dp=2, pp=2), devices)
+    assert found == [[devices[0], devices[1]]] * 4
+    assert smallest_of_stages(devices[0], configured(), Topology()) == devices[:1]
+
+
+def test_bytes_for_people() -> None:
+    assert [readable(count) for count in (0, 3 * 2**18, 5 * GIB // 2)] == ["0.0 MiB", "0.8 MiB", "2.5 GiB"]
+
+
+def test_shared_experts_weigh_less() -> None:
+    arch = read_architecture(str(CONF / "shapes" / "qwen3_30b_a3b"))
+    apart, shared = (needs(configured(dp=4, ep=ep), arch, "cuda")[0].weights for ep in (False, True))
+    assert apart > 50 * GIB and shared < apart / 3
+
+
+def test_shared_experts_need_room_for_each_others_rows() -> None:
+    arch = read_architecture(str(CONF / "shapes" / "qwen3_30b_a3b"))
+    half = replace(arch, dtype=torch.float16)  # not by kernels, so through NCCL
+    with_room, without = (needs(configured(dp=2, ep=True), each, "cuda")[0].weights for each in (arch, half))
+    rows, words = 2 * 8192 * (2048 + 2 * 8 + 2048) * 2, 256 * 1024 * 8
+    assert 0 <= with_room - without - rows - words < 1024
