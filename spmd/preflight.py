@@ -20,7 +20,7 @@ from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config, check, decode_rows, warnings
 from spmd.defaults import block_size, decode_buckets, max_num_batched_tokens
 from spmd.journal.paths import Paths, shard_output
-from spmd.messages import first_line
+from spmd.messages import first_line, readable
 from spmd.model.architecture import Architecture
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
@@ -35,7 +35,6 @@ from spmd.stage.memory import (
     machine_bytes,
     most_blocks,
     needs,
-    readable,
 )
 from spmd.topology import Topology
 from spmd.worker import model_shape

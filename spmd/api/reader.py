@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 from spmd.api.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, load
 from spmd.api.source import SKIPPED, Skipped
+from spmd.integers import digest64
 from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
 
@@ -75,7 +76,7 @@ class Reader:
             self.rows += 1
             row = load(line, index)
             custom_id = row.custom_id.encode()
-            digest = _digest(custom_id)
+            digest = digest64(custom_id)
             duplicate = digest in seen
             seen.add(digest)
             if index % self.shards != self.shard:
@@ -86,7 +87,7 @@ class Reader:
                     row = BadRow(index, row.custom_id, message, "duplicate_custom_id")
                 yield row, None
                 continue
-            key = _digest(custom_id + b"\0" + line.strip(), self.identity)
+            key = digest64(custom_id + b"\0" + line.strip(), self.identity)
             if not self.done.set(key, index):
                 yield row, key
 
@@ -101,10 +102,6 @@ class Reader:
                     self.consumed += len(rest)
                 if not line.isspace():
                     yield line
-
-
-def _digest(content: bytes, salt: bytes = b"") -> int:
-    return int.from_bytes(blake2b(content, digest_size=8, key=salt).digest(), "little")
 
 
 def check_input(path: str) -> int:

@@ -8,10 +8,10 @@ of max_tokens, and a temperature between 0 and 0.01 is raised to 0.01, below whi
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from typing import Any
 
 from spmd.config import SamplingConfig
+from spmd.integers import digest64
 from spmd.messages import show
 from spmd.schedule.request import SamplingParams
 
@@ -202,4 +202,4 @@ def sampling_params(values: Mapping[str, Any], room: int, custom_id: str, eos: t
 
 def random_stream(seed: int, custom_id: str, choice: int) -> int:
     """Key of a choice's random stream in [0, 2**64): the same on any topology and in any batch."""
-    return int.from_bytes(blake2b(f"{seed}/{choice}/{custom_id}".encode(), digest_size=8).digest(), "little")
+    return digest64(f"{seed}/{choice}/{custom_id}".encode())

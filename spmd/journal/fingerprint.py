@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from spmd.integers import digest64
 from spmd.messages import first_line
 
 SAMPLE_BYTES = 64 * 2**10
@@ -92,4 +93,4 @@ def _chosen(header: bytes) -> list[tuple[int, int]]:
 
 
 def _digest(content: bytes) -> str:
-    return blake2b(content, digest_size=8).hexdigest()
+    return digest64(content).to_bytes(8, "little").hex()

@@ -15,9 +15,9 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Mapping
-from hashlib import blake2b
 from typing import IO, Any, NamedTuple
 
+from spmd.integers import digest64
 from spmd.journal.key_table import KeyTable, pack
 
 BEFORE_ANSWER = re.compile(rb"(\d+)\t(\d+)\t(-|!?[0-9a-f]{16})\t")
@@ -103,7 +103,7 @@ ANSWER, ERROR, KEYLESS = range(3)
 
 def keys_line(entry: Entry) -> bytes:
     """What the file of keys says of an answer."""
-    return f"{write_key(entry.key, entry.failed)}\t{_digest(entry.answer):016x}\n".encode()
+    return f"{write_key(entry.key, entry.failed)}\t{digest64(entry.answer):016x}\n".encode()
 
 
 class FinishedOutput:
@@ -152,14 +152,10 @@ class FinishedOutput:
 
     def _entry(self, line: bytes, offset: int) -> Entry | None:
         answer = line.rstrip(b"\r\n")
-        place = self.lines.find(_digest(answer))
+        place = self.lines.find(digest64(answer))
         if place < 0:
             return None
         number = self.lines.values[place]
         kind = self.kinds[number]
         key = None if kind == KEYLESS else self.keys[number]
         return Entry(row=0, time=offset, key=key, failed=kind != ANSWER, answer=answer)  # older than any clock's time
-
-
-def _digest(answer: bytes) -> int:
-    return int.from_bytes(blake2b(answer, digest_size=8).digest(), "little")

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
+from spmd.integers import round_up
 from spmd.model.rope import ROPE_TYPES, RopeConfig
 from spmd.topology import Topology, split_layers
 
@@ -70,7 +71,7 @@ class Architecture:
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of embedding and head, zero rows at the end included, so that tp divides them."""
-        return -(-self.vocab_size // tp) * tp
+        return round_up(self.vocab_size, tp)
 
 
 def read_architecture(

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from spmd.messages import listed
 from spmd.model.architecture import Architecture
 from spmd.model.decoder import Decoder
 from spmd.model.weights import Piece
@@ -51,13 +52,13 @@ class Checkpoint:
     def check_complete(self, needed: Iterable[str], arch: Architecture, where: str = "") -> None:
         """Raises a ValueError if it lacks some of them; `where` says who needs them."""
         if missing := [name for name in needed if name not in self.names]:
-            raise ValueError(f"{self.path} lacks {_listed(missing)}, which {arch.family} needs{where}")
+            raise ValueError(f"{self.path} lacks {listed(missing, 5)}, which {arch.family} needs{where}")
 
     def check_known(self, known: Container[str], arch: Architecture) -> None:
         """Raises a ValueError if it holds tensors that the whole model does not have."""
         if unknown := [raw for name, raw in self.names.items() if name not in known and not _is_redundant(name, arch)]:
             raise ValueError(
-                f"{self.path} holds {_listed(unknown)}, which {arch.family} with this config.json does not have"
+                f"{self.path} holds {listed(unknown, 5)}, which {arch.family} with this config.json does not have"
             )
 
     def by_file(self, needed: Iterable[str]) -> dict[Path, list[str]]:
@@ -167,7 +168,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         files = {name: folder / file for name, file in _weight_map(index).items()}
         if absent := sorted({file.name for file in files.values() if not file.is_file()}):
-            raise ValueError(f"{folder} lacks {_listed(absent)}, which {index.name} names")
+            raise ValueError(f"{folder} lacks {listed(absent, 5)}, which {index.name} names")
         return files
     files = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -191,8 +192,3 @@ def _canonical(name: str) -> str:
 
 def _is_redundant(name: str, arch: Architecture) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and arch.tie_word_embeddings)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmd.integers import round_up
+
 ALIGNED = 256  # bytes
 FEW = 256  # rows of all ranks, as decode batches have: steps take the time, and experts' weights, not rows' bytes
 
@@ -45,16 +47,16 @@ class PeerMemory:
 
     def rows(self, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Of each rank `[count, columns]`, where all ranks leave their rows."""
-        return self._views(_aligned(16 * self.size), (count, self.columns), dtype)
+        return self._views(round_up(16 * self.size, ALIGNED), (count, self.columns), dtype)
 
     def sums(self, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Of each rank `[count, width]`, where all ranks leave what they add to the sums of its rows."""
-        at = _aligned(16 * self.size) + _aligned(2 * self.capacity * self.columns)
+        at = round_up(16 * self.size, ALIGNED) + round_up(2 * self.capacity * self.columns, ALIGNED)
         return self._views(at, (count, self.width), dtype)
 
     def words(self, count: int) -> tuple[Tensor, ...]:
         """Of each rank int64 `[count, width / 2]`, for `sums` of at most FEW rows; nothing else ever stands there."""
-        at = size_of(self.size, self.capacity, self.columns, self.width) - _aligned(4 * FEW * self.width)
+        at = size_of(self.size, self.capacity, self.columns, self.width) - round_up(4 * FEW * self.width, ALIGNED)
         return self._views(at, (count, self.width // 2), torch.int64)
 
     def arrived(self) -> tuple[Tensor, ...]:
@@ -81,12 +83,8 @@ class PendingSums:
 
 def size_of(ranks: int, capacity: int, columns: int, width: int) -> int:
     """Bytes of each rank's memory, see `PeerMemory`."""
-    plain = _aligned(2 * capacity * columns) + _aligned(2 * capacity * width)
-    return _aligned(16 * ranks) + plain + _aligned(4 * FEW * width)
-
-
-def _aligned(count: int) -> int:
-    return -(-count // ALIGNED) * ALIGNED
+    plain = round_up(2 * capacity * columns, ALIGNED) + round_up(2 * capacity * width, ALIGNED)
+    return round_up(16 * ranks, ALIGNED) + plain + round_up(4 * FEW * width, ALIGNED)
 
 
 def within_reach(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from spmd.config import Config
+from spmd.messages import listed
 from spmd.model.weights import computed_in
 
 ERROR = "error"  # a fact under this name is no fact but why its rank has none
@@ -100,7 +101,7 @@ def _told(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> str 
     *odd, (usual, rest) = sorted(ranks.items(), key=lambda item: (len(item[1]), -item[1][0]))
     several = len(rest) > 1 and len(rest) * 2 > len(values)
     told = [f"{_short(value)} on {_where(at, hosts)}" for value, at in odd]
-    return f"{name} is {_listed(told)}, {_short(usual)} on {'the others' if several else _where(rest, hosts)}"
+    return f"{name} is {listed(told, 4)}, {_short(usual)} on {'the others' if several else _where(rest, hosts)}"
 
 
 def _where(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -111,12 +112,10 @@ def _where(ranks: Sequence[int], hosts: Sequence[str]) -> str:
             spans[-1][1:] = [rank]
         else:
             spans.append([rank])
-    listed = _listed(["-".join(map(str, span)) for span in spans])
-    return f"rank{'s' * (len(ranks) > 1)} {listed} ({_listed(list(dict.fromkeys(hosts[rank] for rank in ranks)))})"
-
-
-def _listed(items: list[str], most: int = 4) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    spans_told = listed(["-".join(map(str, span)) for span in spans], 4)
+    return (
+        f"rank{'s' * (len(ranks) > 1)} {spans_told} ({listed(list(dict.fromkeys(hosts[rank] for rank in ranks)), 4)})"
+    )
 
 
 def _short(value: str, most: int = 200) -> str:

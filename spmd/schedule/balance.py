@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from spmd.integers import ceil_div
 from spmd.schedule.digests import Diverged
 
 EXHAUSTED = 1  # flag: the list has no more rows
@@ -78,7 +79,7 @@ class Demand:
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         seats = rules.max_num_seqs
-        self.wanted = 2 * seats if rules.by_priority else seats + -(-seats // RESERVE)
+        self.wanted = 2 * seats if rules.by_priority else seats + ceil_div(seats, RESERVE)
         self.lacks = [self.wanted] * rules.dp
         self.free_blocks = [0] * rules.dp
         self.allotted = [0] * rules.dp  # in this tick

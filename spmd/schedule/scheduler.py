@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spmd.integers import ceil_div, round_up
 from spmd.schedule.blocks import BlockPool, hash_block
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request
@@ -138,7 +139,7 @@ class Scheduler:
         """Rows for this slot: an equal share of all decodes, so that 8 requests in 2 slots run 4/4 and not 8/0."""
         if not self.limits.balanced:
             return self.limits.decode_rows
-        return min(self.limits.decode_rows, -(-self.num_decoding // self.limits.slots))
+        return min(self.limits.decode_rows, ceil_div(self.num_decoding, self.limits.slots))
 
     def _take_block(self, request: Request, chosen: list[Request], passed_over: list[Request], plan: Plan) -> bool:
         """Take the block that the next token of `request` starts, if one is to be had."""
@@ -210,7 +211,7 @@ class Scheduler:
         pending = sum(len(request.tokens) - request.scheduled for request in seated)
         size = self.pool.block_size
         share = max(self.limits.prefill_min, pending // self.limits.prefill_spread)
-        return -(-share // size) * size
+        return round_up(share, size)
 
     def _admit(self, plan: Plan) -> Request | None:
         """Seat the first waiting request if all blocks of its prompt are to be had; it may not jump the queue."""
@@ -218,7 +219,7 @@ class Scheduler:
             return None
         request = self.waiting[0]
         shared = self._known_prefix(request)
-        needed = -(-len(request.tokens) // self.pool.block_size) - len(shared)
+        needed = ceil_div(len(request.tokens), self.pool.block_size) - len(shared)
         if needed > self.pool.num_free - self.pool.num_idle(shared):
             return None
         del self.waiting[0]

@@ -1,6 +1,5 @@
 """From a configuration to one rank's stage: weights loaded, KV cache sized, kernels compiled, graphs captured."""
 
-import math
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.backend import TorchBackend
 from spmd.config import Config, decode_rows
 from spmd.defaults import block_size, decode_buckets, lookahead, max_num_batched_tokens
+from spmd.integers import ceil_div
 from spmd.model.architecture import Architecture
 from spmd.model.backend import Backend
 from spmd.model.checkpoint import load
@@ -108,7 +108,7 @@ def count_blocks(config: Config, arch: Architecture, topology: Topology, device:
         return s.num_blocks
     size = KVCache.bytes_per_block(arch, len(stages(config, arch)[topology.pp_rank]), topology.tp, tokens)
     room = _cache_bytes(config, device)
-    usable = 1 + s.max_num_seqs * math.ceil(max_model_len(config, arch) / tokens)
+    usable = 1 + s.max_num_seqs * ceil_div(max_model_len(config, arch), tokens)
     blocks = torch.tensor(min(room // size, usable))
     if topology.world_size > 1:
         dist.all_reduce(blocks, dist.ReduceOp.MIN)
@@ -147,7 +147,7 @@ def build_stage(
     longest = min(max_model_len(config, arch), (num_blocks - 1) * tokens)
     cache = KVCache(arch, len(decoder.range), num_blocks, tokens, topology.tp, device)
     rows = max_num_batched_tokens(config, device.type)
-    inputs = InputBuilder(s.max_num_seqs, math.ceil(longest / tokens), rows, tokens, device)
+    inputs = InputBuilder(s.max_num_seqs, ceil_div(longest, tokens), rows, tokens, device)
     slots = topology.pp + s.async_depth
     channel = feedback = None
     if topology.pp > 1:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from spmd.backend.kv_cache import KVCache
 from spmd.config import Config
 from spmd.defaults import block_size
+from spmd.integers import ceil_div
+from spmd.messages import readable
 from spmd.model.architecture import Architecture, check_topology
 from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
@@ -77,7 +79,7 @@ def needs(config: Config, arch: Architecture, kind: str) -> list[Needs]:
 
 def least_blocks(config: Config, arch: Architecture, kind: str) -> int:
     """KV blocks without which a run makes no sense: those asked for, else one request of full length."""
-    return config.scheduler.num_blocks or 1 + math.ceil(max_model_len(config, arch) / block_size(config, kind))
+    return config.scheduler.num_blocks or 1 + ceil_div(max_model_len(config, arch), block_size(config, kind))
 
 
 def most_blocks(config: Config, arch: Architecture, kind: str) -> int:
@@ -148,11 +150,6 @@ def machine_bytes() -> int:
     limits = [Path(file).read_text().strip() for file in CGROUP_LIMITS if Path(file).is_file()]
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([installed, *(int(limit) for limit in limits if limit.isdigit())])
-
-
-def readable(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _too_large(config: Config, arch: Architecture, stage: Needs, devices: Sequence[Device]) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from spmd.backend.kv_cache import KVCache
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig
+from spmd.messages import readable
 from spmd.model.architecture import read_architecture
 from spmd.parallel.groups import Groups, connect
 from spmd.runtime.compose import CONF
@@ -22,7 +23,6 @@ from spmd.stage.memory import (
     machine_bytes,
     most_blocks,
     needs,
-    readable,
     smallest_of_stages,
     this_device,
 )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmd.integers import ceil_div
+
 SMALL = 8 * 2**20  # numbers in a weight; reading it takes no longer than starting
 MOST, MOST_IF_SMALL = 128, 256  # rows; with more, arithmetic counts and cuBLAS is as fast
 OUTS = (64, 128, 192)  # weight rows that a thread block may own
@@ -69,8 +71,8 @@ def tiling(rows: int, size: int, columns: int, halves: int, processors: int) -> 
     if rows > most or columns % 256 or columns < 512 or size // OUTS[0] * parts < fewest:
         return None
     at_once = MOST if size // OUTS[0] * parts >= FEWEST else MOST // 2  # where there are few, let them share the rows
-    groups = -(-rows // at_once)
-    box = -(-rows // (8 * groups)) * 8
+    groups = ceil_div(rows, at_once)
+    box = ceil_div(rows, 8 * groups) * 8
     for outs in OUTS:
         blocks = size // outs * parts
         if size % outs == 0 and fewest <= blocks and blocks * groups <= processors:
@@ -135,7 +137,7 @@ class Products:
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = cut.parts, 1, 1
         launch = driver.CUlaunchConfig()
-        launch.gridDimX, launch.gridDimY = len(weight) // cut.outs * cut.parts, -(-len(x) // cut.rows)
+        launch.gridDimX, launch.gridDimY = len(weight) // cut.outs * cut.parts, ceil_div(len(x), cut.rows)
         launch.gridDimZ = 1
         launch.blockDimX, launch.blockDimY, launch.blockDimZ = cut.outs * 2 + 32, 1, 1
         launch.sharedMemBytes = cut.shared_bytes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spmd.backend.cuda.decode_gemm import Products
 from spmd.backend.kv_cache import KVCache
+from spmd.integers import ceil_div
 from spmd.model.architecture import Architecture
 from spmd.model.batch import Batch, Span
 from spmd.model.norm import RMSNorm
@@ -189,7 +190,7 @@ class FlashInferBackend:
         )
 
     def _blocks(self, span: Span) -> int:
-        return -(-span.kv_len // self.cache.block_size)
+        return ceil_div(span.kv_len, self.cache.block_size)
 
     @staticmethod
     def _pinned(values: list[int]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spmd.backend.kv_cache import KVCache
+from spmd.integers import ceil_div
 from spmd.model.batch import Batch, Span
 
 QUERY_TILE = 256  # queries of a prompt chunk handled at once: bounds the memory of the scores
@@ -88,7 +89,7 @@ class AttentionPlan:
         return mask.repeat_interleave(self.cache.kv_heads, dim=0).unsqueeze(1)
 
     def _table(self, span: Span) -> Tensor:
-        return self.batch.tables[span.seat, None, : -(-span.kv_len // self.cache.block_size)]
+        return self.batch.tables[span.seat, None, : ceil_div(span.kv_len, self.cache.block_size)]
 
     def _tiles(self, span: Span, window: int | None) -> Iterator[Tile]:
         first = span.kv_len - span.count
