@@ -78,7 +78,7 @@ def combinations() -> list[Any]:
         return topology in ("single", "pp2") or option in everywhere or (option in widely and topology == "pp2tp2")
 
     return [
-        pytest.param(option, topology, digests=[] if tells(option, topology) else [pytest.mark.full])
+        pytest.param(option, topology, marks=[] if tells(option, topology) else [pytest.mark.full])
         for option in OPTIONS
         for topology in TOPOLOGIES
     ]
@@ -121,7 +121,7 @@ def mixtures(number: int, seed: int = 0) -> list[Any]:
         for _ in range(number)
     ]
     return [
-        pytest.param(*mixture, digests=[pytest.mark.full] if index >= 8 else []) for index, mixture in enumerate(mixed)
+        pytest.param(*mixture, marks=[pytest.mark.full] if index >= 8 else []) for index, mixture in enumerate(mixed)
     ]
 
 

@@ -61,7 +61,7 @@ def test_seats_change_hands_before_tokens_come_back(
     "delays_ms",
     [
         *((5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)),
-        *(pytest.param(late, digests=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
+        *(pytest.param(late, marks=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
     ],
 )
 def test_equal_plans_whoever_is_late(ranks: Ranks, qwen3: Task, tmp_path: Path, delays_ms: tuple[float, ...]) -> None:

@@ -145,7 +145,7 @@ def test_pitfall_10_seats_change_hands_before_packets_land(
     "delays_ms",
     [
         *((5.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 5.0), (3.0, 3.0, 3.0, 3.0)),
-        *(pytest.param(late, digests=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
+        *(pytest.param(late, marks=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
     ],
 )
 def test_pitfall_11_equal_plans_whoever_is_late(

@@ -103,7 +103,7 @@ def random_runs(number: int, seed: int = 0) -> list[Any]:
         )
         for _ in range(number)
     ]
-    return [pytest.param(*run, digests=[pytest.mark.full] if index >= 4 else []) for index, run in enumerate(runs)]
+    return [pytest.param(*run, marks=[pytest.mark.full] if index >= 4 else []) for index, run in enumerate(runs)]
 
 
 @pytest.mark.parametrize(("model", "topology", "balance", "options", "delays_ms"), random_runs(100))
