@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 
-from spmd.config import check
+from spmd.config_checks import check
 from spmd.runtime.compose import USAGE, compose, tell
 from spmd.runtime.slurm import allocation, check_processes, port, shard
 

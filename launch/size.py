@@ -5,7 +5,7 @@ Imports no torch, so that a mistake shows in a second, once, and before any rank
 
 import sys
 
-from spmd.config import check
+from spmd.config_checks import check
 from spmd.runtime.compose import USAGE, compose, tell
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from spmd.config import check
+from spmd.config_checks import check
 from spmd.runtime.compose import USAGE, compose, tell
 from spmd.runtime.slurm import check_processes
 

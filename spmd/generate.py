@@ -17,12 +17,12 @@ from spmd.report.metrics import Metrics
 from spmd.report.profile import all_of, profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.run_files import Files
-from spmd.runtime.agreement import agree
-from spmd.runtime.main import from_rank_0, main, together
+from spmd.run_files import Files, check_paths
+from spmd.runtime.agreement import agree, from_rank_0, together
+from spmd.runtime.main import main
 from spmd.signals import Stop, name
 from spmd.topology import Topology
-from spmd.worker import Worker, model_shape, start
+from spmd.worker import Worker, settle, start
 
 
 def generate(config: Config, topology: Topology, stop: Stop) -> None:
@@ -31,17 +31,18 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
     Raises:
         ValueError: what the user can mend.
     """
-    with Files(config, topology) as files:
-        arch = model_shape(config, topology)
-        task = from_rank_0(topology, together(topology, lambda: files.open(arch)))
+    check_paths(config)
+    settings = settle(config)
+    with Files(settings, topology) as files:
+        task = from_rank_0(topology, together(topology, files.open))
         assert task is not None
         complete = together(topology, lambda: files.complete(task) if topology.rank == 0 else None)
         if from_rank_0(topology, complete is not None):
             if complete:
                 _finish(files, complete)
             return
-        agree(together(topology, lambda: files.facts(task, arch)))
-        worker = start(config, topology, stop)
+        agree(together(topology, lambda: files.facts(task)))
+        worker = start(settings, topology, stop)
         parser = together(topology, lambda: _parser(worker, task.now))
         reader = files.reader(task, parser)
         together(topology, lambda: files.open_part(task))
@@ -58,12 +59,12 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
 
 def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> Metrics | None:
     """Answer the reader's rows; on rank 0 returns the figures of all ranks."""
-    config, part, journal = worker.config, files.part, files.journal
-    leader = Leader(parser.tokenizer, str(config.model.path), Metrics(), part.write) if part else None
-    progress = Progress(perf_counter(), config.progress) if journal else None
+    settings, part, journal = worker.settings, files.part, files.journal
+    leader = Leader(parser.tokenizer, settings.model.path, Metrics(), part.write) if part else None
+    progress = Progress(perf_counter(), settings.progress) if journal else None
     shown = _show(progress, reader) if progress else None
     restored = (lambda _: journal.watch(monotonic())) if journal else None
-    with profiled(config.profile, worker.run_dir, worker.topology.rank) as profiler:
+    with profiled(settings.profile, worker.run_dir, worker.topology.rank) as profiler:
         metrics = worker.run(reader, leader, all_of(shown, restored, profiler), files.close_part)
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
@@ -74,7 +75,7 @@ def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> Non
     """Put the output together and tell of it, on rank 0; without metrics no rank had anything to do."""
     assert files.journal
     parts, done = (files.topology.dp, metrics.rows_ok + metrics.rows_failed) if metrics else (0, 0)
-    unused = files.journal.finish(parts, reader.done, done, files.config.output_order == "completion")
+    unused = files.journal.finish(parts, reader.done, done, files.settings.output_order == "completion")
     earlier = f"{reader.done.num_set:,}"
     if metrics:
         print(table(metrics))
@@ -90,15 +91,14 @@ def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> Non
 
 
 def _parser(worker: Worker, now: datetime) -> RowParser:
-    m, arch = worker.config.model, worker.arch
-    assert m.path is not None
+    settings, m = worker.settings, worker.settings.model
     return RowParser(
-        load_tokenizer(m.tokenizer or m.path, m.revision, now),
+        load_tokenizer(m.tokenizer, m.revision, now),
         load_generation_config(m.path, m.revision),
-        worker.config.sampling,
-        worker.max_model_len,
-        worker.capacity,
-        arch.vocab_size,
+        settings.sampling,
+        m.max_model_len,
+        settings.capacity,
+        settings.arch.vocab_size,
     )
 
 

@@ -17,15 +17,14 @@ import torch
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, RowParser
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
-from spmd.config import Config, check, decode_rows, warnings
-from spmd.defaults import block_size, decode_buckets, max_num_batched_tokens
+from spmd.config import Config
+from spmd.config_checks import check, warnings
 from spmd.journal.paths import Paths, shard_output
 from spmd.messages import first_line, readable
-from spmd.model.architecture import Architecture
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
 from spmd.runtime.compose import CONF, USAGE, compose, tell
-from spmd.stage.build import max_model_len, on_device, stages
+from spmd.settings import Settings, read_model, resolve
 from spmd.stage.memory import (
     CUDA_BYTES,
     Device,
@@ -36,8 +35,6 @@ from spmd.stage.memory import (
     most_blocks,
     needs,
 )
-from spmd.topology import Topology
-from spmd.worker import model_shape
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2000, 16 * 2**20  # of the input, whichever is less
 SHOWN = 3  # bad rows that are told one by one
@@ -63,14 +60,12 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
     t = config.topology
     check(config, t.dp * t.pp * t.tp)
     device = smallest_device(config)
-    kind = device.kind if device else "cuda"
-    yield "config", _config(config, kind)
-    arch = model_shape(config, Topology(t.dp, t.pp, t.tp))
-    arch = on_device(config, arch, kind)
-    yield "model", [_model(config, arch)]
-    yield "checkpoint", _checkpoint(config, arch)
-    yield "memory", _memory(config, arch, kind, device)
-    parser = _parser(config, arch, device)
+    settings = resolve(config, read_model(config), torch.device(device.kind if device else "cuda"))
+    yield "config", _config(settings)
+    yield "model", [_model(settings)]
+    yield "checkpoint", _checkpoint(settings)
+    yield "memory", _memory(settings, device)
+    parser = _parser(settings, device)
     yield "tokenizer", [_tokenizer(parser)]
     if config.input is not None:
         yield "input", _input(config.input, parser, config.shard)
@@ -96,53 +91,51 @@ def smallest_device(config: Config) -> Device | None:
     return Device("cuda", total, CUDA_BYTES, "this machine's")
 
 
-def _config(config: Config, kind: str) -> list[str]:
-    t, buckets = config.topology, sorted(decode_buckets(config, kind))
+def _config(settings: Settings) -> list[str]:
+    t, s = settings.topology, settings.scheduler
     return [
-        f"processes: {t.dp * t.pp * t.tp} (dp {t.dp} x pp {t.pp} x tp {t.tp}), device: {kind}",
-        f"{decode_rows(config)} decode rows a micro-batch, padded to {', '.join(map(str, buckets))}; "
-        f"{max_num_batched_tokens(config, kind):,} tokens a plan",
-        *(f"warning: {warning}" for warning in warnings(config)),
+        f"processes: {t.dp * t.pp * t.tp} (dp {t.dp} x pp {t.pp} x tp {t.tp}), device: {settings.kind}",
+        f"{settings.decode_rows} decode rows a micro-batch, padded to {', '.join(map(str, sorted(s.decode_buckets)))}; "
+        f"{s.max_num_batched_tokens:,} tokens a plan",
+        *(f"warning: {warning}" for warning in warnings(settings)),
     ]
 
 
-def _model(config: Config, arch: Architecture) -> str:
-    dtype, longest = str(arch.dtype).removeprefix("torch."), max_model_len(config, arch)
-    return f"{arch.family}, {arch.num_layers} layers, {dtype}, requests of up to {longest:,} tokens"
+def _model(settings: Settings) -> str:
+    arch, m = settings.arch, settings.model
+    return f"{arch.family}, {arch.num_layers} layers, {m.dtype}, requests of up to {m.max_model_len:,} tokens"
 
 
-def _checkpoint(config: Config, arch: Architecture) -> list[str]:
-    m = config.model
-    assert m.path is not None
-    checkpoint = check_files(arch, m.path, m.load_format, m.revision, stages(config, arch))
+def _checkpoint(settings: Settings) -> list[str]:
+    m = settings.model
+    checkpoint = check_files(settings.arch, m.path, m.load_format, m.revision, settings.stages)
     if checkpoint is None:
         return ["none: random weights (model.load_format=dummy)"]
     return [f"{m.path}: tensors: {len(checkpoint.files):,}, files: {len(set(checkpoint.files.values())):,}"]
 
 
-def _memory(config: Config, arch: Architecture, kind: str, device: Device | None) -> list[str]:
+def _memory(settings: Settings, device: Device | None) -> list[str]:
     """What the devices have, and a table of what each rank of a stage needs."""
-    told = ["no GPU is here and preflight.device_memory (GiB) isn't set: there is nothing to compare with"]
+    lines = ["no GPU is here and preflight.device_memory (GiB) isn't set: there is nothing to compare with"]
     if device:
-        cautions = check_memory(config, arch, [device] * config.topology.pp)
-        told = [f"{readable(device.total)} for each rank ({device.place}), {_cached(config, arch, device)}"]
-        told += [f"warning: {caution}" for caution in cautions]
-    least, most = least_blocks(config, arch, kind), most_blocks(config, arch, kind)
+        cautions = check_memory(settings, [device] * settings.topology.pp)
+        lines = [f"{readable(device.total)} for each rank ({device.place}), {_cached(settings, device)}"]
+        lines += [f"warning: {caution}" for caution in cautions]
+    least, most = least_blocks(settings), most_blocks(settings)
     rows = [["stage", "layers", "weights", "KV cache: least", "all seats", "activations"]]
-    for stage in needs(config, arch, kind):
+    for stage in needs(settings):
         counts = (stage.weights, least * stage.block, most * stage.block, stage.activations)
         rows.append([str(stage.stage), f"{stage.layers[0]}-{stage.layers[-1]}", *map(readable, counts)])
-    return told + _columns(rows)
+    return lines + _columns(rows)
 
 
-def _cached(config: Config, arch: Architecture, device: Device) -> str:
-    tokens, longest = _capacity(config, arch, device), max_model_len(config, arch)
+def _cached(settings: Settings, device: Device) -> str:
+    tokens, longest = _capacity(settings, device), settings.model.max_model_len
     return f"of which the KV cache gets {tokens:,} tokens a replica, {tokens / longest:.1f} requests of {longest:,}"
 
 
-def _capacity(config: Config, arch: Architecture, device: Device) -> int:
-    blocks = blocks_that_fit(config, arch, [device] * config.topology.pp)
-    return (blocks - 1) * block_size(config, device.kind)
+def _capacity(settings: Settings, device: Device) -> int:
+    return settings.sized(blocks_that_fit(settings, [device] * settings.topology.pp)).capacity
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -150,16 +143,15 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def _parser(config: Config, arch: Architecture, device: Device | None) -> RowParser:
-    m, longest = config.model, max_model_len(config, arch)
-    assert m.path is not None
+def _parser(settings: Settings, device: Device | None) -> RowParser:
+    m = settings.model
     return RowParser(
-        load_tokenizer(m.tokenizer or m.path, m.revision),
+        load_tokenizer(m.tokenizer, m.revision),
         load_generation_config(m.path, m.revision),
-        config.sampling,
-        longest,
-        _capacity(config, arch, device) if device else longest,
-        arch.vocab_size,
+        settings.sampling,
+        m.max_model_len,
+        _capacity(settings, device) if device else m.max_model_len,
+        settings.arch.vocab_size,
     )
 
 

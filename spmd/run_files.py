@@ -8,16 +8,13 @@ from typing import Any
 
 from spmd.api.reader import Reader, check_input, count_lines, input_digest
 from spmd.api.rows import RowParser
-from spmd.api.sampling_keys import default_sampling
-from spmd.api.tokenizer import load_generation_config
 from spmd.config import Config
 from spmd.journal.fingerprint import fingerprint
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
 from spmd.journal.paths import shard_output
 from spmd.journal.writer import PartWriter
-from spmd.model.architecture import Architecture
-from spmd.stage.build import max_model_len
+from spmd.settings import Settings
 from spmd.topology import Topology
 
 
@@ -31,6 +28,17 @@ class Task:
     now: datetime
 
 
+def check_paths(config: Config) -> tuple[str, str]:
+    """The input and the output of a run.
+
+    Raises:
+        ValueError: one of them isn't given.
+    """
+    if config.input is None or config.output is None:
+        raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
+    return config.input, config.output
+
+
 class Files:
     """A context manager, which lets go of them with all answers in place.
 
@@ -38,35 +46,33 @@ class Files:
         ValueError: from any call, what the user can mend.
     """
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        if config.input is None or config.output is None:
-            raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
-        self.config = config
+    def __init__(self, settings: Settings, topology: Topology) -> None:
+        self.settings = settings
         self.topology = topology
-        self.input = config.input
-        self.output = shard_output(config.output, config.shard)
+        self.input, output = check_paths(settings)
+        self.output = shard_output(output, settings.shard)
         self.journal: Journal | None = None
         self.part: PartWriter | None = None
 
-    def open(self, arch: Architecture) -> Task | None:
+    def open(self) -> Task | None:
         """Check the input and, on rank 0, take hold of the output; what all ranks must know then."""
         size = check_input(self.input)
         if self.topology.rank:
             return None
         job, again = _job()
-        header = {"identity": _identity(self.config, arch), "model.path": self.config.model.path, "job": job}
-        self.journal = Journal(self.output, self.input, header, self.config.resume, again)
+        header = {"identity": _identity(self.settings), "model.path": self.settings.model.path, "job": job}
+        self.journal = Journal(self.output, self.input, header, self.settings.resume, again)
         return Task(size, self.journal.known, self.journal.header, datetime.now())
 
-    def facts(self, task: Task, arch: Architecture) -> dict[str, str]:
+    def facts(self, task: Task) -> dict[str, str]:
         """What this rank finds in the files that all ranks read for themselves."""
         found = {"the digest of the input": input_digest(self.input, task.size)}
-        return found | {name: str(value) for name, value in _identity(self.config, arch).items()}
+        return found | {name: str(value) for name, value in _identity(self.settings).items()}
 
     def reader(self, task: Task, parser: RowParser | None = None) -> Reader:
         """The input from its first row on; without a parser none of its rows can be had."""
         identity = json.dumps(task.header["identity"], sort_keys=True)
-        return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.config.shard)
+        return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.settings.shard)
 
     def complete(self, task: Task) -> Reader | None:
         """A reader that has met all rows, if none of them is left to answer. On rank 0."""
@@ -95,17 +101,15 @@ class Files:
             self.journal.close()
 
 
-def _identity(config: Config, arch: Architecture) -> dict[str, Any]:
+def _identity(settings: Settings) -> dict[str, Any]:
     """What all answers depend on besides their rows, the kernels' rounding, and room where max_tokens isn't set."""
-    m = config.model
-    assert m.path is not None
-    sampling = default_sampling(load_generation_config(m.path, m.revision), config.sampling, arch.vocab_size)
+    m = settings.model
     return {
         **fingerprint(m.path, m.load_format, m.revision, m.tokenizer),
-        "model.dtype": str(arch.dtype).removeprefix("torch."),
-        "model.max_model_len": max_model_len(config, arch),
+        "model.dtype": settings.asked_dtype,
+        "model.max_model_len": m.max_model_len,
         "model.overrides": m.overrides,
-        **{f"sampling.{key}": value for key, value in sampling.items()},
+        **{f"sampling.{key}": value for key, value in settings.default_sampling.items()},
     }
 
 

@@ -13,35 +13,28 @@ import torch.distributed as dist
 
 from spmd import STARTED
 from spmd.api.source import Source
-from spmd.config import Config, decode_rows
-from spmd.defaults import block_size, decode_buckets, lookahead, max_num_batched_tokens, prefill_min, prefill_spread
+from spmd.config import Config
 from spmd.engine import Engine
 from spmd.guard.guard import Guard
 from spmd.leader import Leader
-from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.checkpoint import check_files
 from spmd.parallel.groups import Groups, connect
 from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketWire
 from spmd.report.clock import Phases
 from spmd.report.metrics import Metrics, merge
-from spmd.runtime.agreement import host
-from spmd.runtime.main import choose_device, from_rank_0, log, open_run_dir, together, warn
+from spmd.runtime.agreement import from_rank_0, host, together
+from spmd.runtime.device import choose_device
+from spmd.runtime.main import log
+from spmd.runtime.run_dir import open_run_dir, record, warn
 from spmd.schedule.balance import Balance, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.digests import DigestChain
 from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.settings import Settings, read_model, resolve, worked_out
 from spmd.signals import Stop
-from spmd.stage.build import (
-    build_stage,
-    count_blocks,
-    load_decoder,
-    max_model_len,
-    on_device,
-    stages,
-    use_flashinfer,
-)
-from spmd.stage.memory import check_memory, smallest_of_stages, this_device
+from spmd.stage.build import build_stage, load_decoder
+from spmd.stage.memory import check_memory, count_blocks, smallest_of_stages, this_device
 from spmd.stage.stage import Stage
 from spmd.topology import Topology
 
@@ -50,25 +43,14 @@ from spmd.topology import Topology
 class Worker:
     """One rank with its weights loaded, its KV cache sized and its graphs captured."""
 
-    config: Config
+    settings: Settings
     topology: Topology
     groups: Groups
     device: torch.device
-    arch: Architecture
     stage: Stage
-    num_blocks: int  # KV blocks of the replica
     run_dir: Path
     stop: Stop
     phases: Phases  # of start-up
-
-    @property
-    def max_model_len(self) -> int:
-        return max_model_len(self.config, self.arch)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens one request may have in the KV cache."""
-        return (self.num_blocks - 1) * block_size(self.config, self.device.type)
 
     def run(
         self,
@@ -100,7 +82,7 @@ class Worker:
     @contextmanager
     def _guarded(self) -> Iterator[DigestChain | None]:
         """The guard of several ranks watches what runs inside, and the ticks written to what this yields."""
-        t, settings, logs = self.topology, self.config.guard, self.run_dir / "logs"
+        t, settings, logs = self.topology, self.settings.guard, self.run_dir / "logs"
         if t.world_size == 1:
             yield None
             return
@@ -115,11 +97,11 @@ class Worker:
         watch: Callable[[Engine], None] | None,
     ) -> Engine:
         t, groups = self.topology, self.groups
-        balance = build_balance(self.config, t)
+        balance = build_balance(self.settings, t)
         return Engine(
-            build_scheduler(self.config, self.num_blocks, self.device),
+            build_scheduler(self.settings),
             self.stage,
-            PacketWire(groups.packets, t.leader, t.is_leader, self.config.scheduler.max_num_seqs),
+            PacketWire(groups.packets, t.leader, t.is_leader, self.settings.scheduler.max_num_seqs),
             source,
             balance,
             leader,
@@ -148,8 +130,17 @@ class Worker:
         return metrics
 
 
+def settle(config: Config) -> Settings:
+    """The settings of this rank: reads the model's shape and finds its device.
+
+    Raises:
+        ValueError: what the user can mend, on every rank alike.
+    """
+    return resolve(config, read_model(config), choose_device(config.device))
+
+
 def start(
-    config: Config, topology: Topology, stop: Stop | None = None, check: Callable[[], None] | None = None
+    settings: Settings, topology: Topology, stop: Stop | None = None, check: Callable[[], None] | None = None
 ) -> Worker:
     """Bring up this rank. `check` is the main's own check of files, made by every rank before weights load.
 
@@ -158,49 +149,48 @@ def start(
     """
     phases = Phases(STARTED)
     phases.end("imports")
-    arch = model_shape(config, topology)
-    device = choose_device(config)
-    arch = on_device(config, arch, device.type)
-    use_flashinfer(config, arch, device)
-    groups = connect(topology, device, lookahead(config, device.type) > 0, config.topology.ep, config.guard.timeout)
-    run_dir = open_run_dir(config, topology)
+    s, device = settings.scheduler, choose_device(settings.kind)
+    groups = connect(topology, device, s.lookahead > 0, settings.topology.ep, settings.guard.timeout)
+    run_dir = open_run_dir(settings, topology)
+    log.info("worked out: %s", worked_out(settings))
     if check:
         together(topology, check)
-    check_model(config, arch, topology, device)
+    check_model(settings, topology, device)
     phases.end("processes")
-    decoder = together(topology, lambda: load_decoder(config, arch, topology, groups, device))
-    log.info("layers %d-%d of %d loaded, %s", decoder.range[0], decoder.range[-1], arch.num_layers, arch.dtype)
+    decoder = together(topology, lambda: load_decoder(settings, topology, groups, device))
+    layers = decoder.range
+    log.info("layers %d-%d of %d loaded, %s", layers[0], layers[-1], settings.arch.num_layers, settings.arch.dtype)
     phases.end("weights")
-    num_blocks = count_blocks(config, arch, topology, device)
-    log.info("%d KV blocks of %d tokens", num_blocks, block_size(config, device.type))
-    stage = build_stage(config, decoder, num_blocks, topology, groups, device)
+    settings = settings.sized(count_blocks(settings, topology, device))
+    log.info("%d KV blocks of %d tokens", settings.scheduler.num_blocks, s.block_size)
+    record(settings, run_dir, topology)
+    stage = build_stage(settings, decoder, topology, groups, device)
     gc.collect()
     gc.freeze()  # what start-up left is kept anyway: no collection in the loop needs to look at it, for 0.1 s each
     phases.end("cache and kernels")
-    return Worker(config, topology, groups, device, arch, stage, num_blocks, run_dir, stop or Stop(), phases)
+    return Worker(settings, topology, groups, device, stage, run_dir, stop or Stop(), phases)
 
 
-def check_model(config: Config, arch: Architecture, topology: Topology, device: torch.device) -> None:
+def check_model(settings: Settings, topology: Topology, device: torch.device) -> None:
     """Check that the checkpoint has what all stages need, and that this fits the memory of the smallest devices.
 
     Raises:
         ValueError: on every rank alike.
     """
-    m = config.model
-    assert m.path is not None
+    m = settings.model
     own = this_device(device, f"rank {topology.rank} on {host()}", int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    devices, problem, warned = smallest_of_stages(own, config, topology), "", [""]
+    devices, problem, cautions = smallest_of_stages(own, settings, topology), "", [""]
     if topology.rank == 0:  # for all: it takes a while, and ranks share their machine's cores
         try:
-            check_files(arch, m.path, m.load_format, m.revision, stages(config, arch))
-            warned = check_memory(config, arch, devices)
+            check_files(settings.arch, m.path, m.load_format, m.revision, settings.stages)
+            cautions = check_memory(settings, devices)
         except ValueError as error:
             problem = str(error)
-    problem, warned = from_rank_0(topology, (problem, warned))
+    problem, cautions = from_rank_0(topology, (problem, cautions))
     if problem:
         raise ValueError(problem)
-    for warning in warned:
-        warn(warning, topology.rank)
+    for caution in cautions:
+        warn(caution, topology.rank)
 
 
 def _gather(metrics: Metrics, topology: Topology) -> Metrics | None:
@@ -211,47 +201,28 @@ def _gather(metrics: Metrics, topology: Topology) -> Metrics | None:
     return merge(parts) if parts else None
 
 
-def model_shape(config: Config, topology: Topology) -> Architecture:
-    """Read the model's shape and check that it fits the topology.
-
-    Raises:
-        ValueError: one line, see `read_architecture`, `check_topology` and `split_layers`.
-    """
-    if config.model.path is None:
-        raise ValueError("model.path is not set: give a folder with config.json, or a Hub id")
-    m = config.model
-    arch = read_architecture(config.model.path, m.dtype, m.revision, m.overrides)
-    check_topology(arch, topology, config.topology.ep)
-    stages(config, arch)
-    if m.max_model_len and m.max_model_len > arch.max_position_embeddings:
-        raise ValueError(
-            f"model.max_model_len={m.max_model_len} is more than the {arch.max_position_embeddings} positions "
-            f"the model was made for (max_position_embeddings)"
-        )
-    return arch
-
-
-def build_scheduler(config: Config, num_blocks: int, device: torch.device) -> Scheduler:
+def build_scheduler(settings: Settings) -> Scheduler:
     """The replicated scheduler of a replica."""
-    s = config.scheduler
+    s = settings.scheduler
+    assert s.num_blocks is not None
     limits = Limits(
         max_num_seqs=s.max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens(config, device.type),
-        decode_rows=decode_rows(config),
-        slots=config.topology.pp + s.async_depth,
-        lookahead=lookahead(config, device.type),
+        max_num_batched_tokens=s.max_num_batched_tokens,
+        decode_rows=settings.decode_rows,
+        slots=settings.slots,
+        lookahead=s.lookahead,
         balanced=s.decode_cap,
         exclusive=s.prefill == "exclusive",
         prefill_batch=s.prefill_batch,
-        prefill_spread=prefill_spread(config),
-        prefill_min=prefill_min(config, device.type),
+        prefill_spread=s.prefill_spread,
+        prefill_min=s.prefill_min,
         by_priority=s.policy == "priority",
-        decode_buckets=tuple(decode_buckets(config, device.type)),
+        decode_buckets=tuple(s.decode_buckets),
     )
-    return Scheduler(limits, BlockPool(num_blocks, block_size(config, device.type), s.prefix_caching))
+    return Scheduler(limits, BlockPool(s.num_blocks, s.block_size, s.prefix_caching))
 
 
-def build_balance(config: Config, topology: Topology) -> Balance:
+def build_balance(config: Settings, topology: Topology) -> Balance:
     """A replica's part in the balance of all."""
     b, s = config.balance, config.scheduler
     return Balance(

@@ -8,19 +8,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from spmd.config import (
-    AT_LEAST,
-    CHOICES,
-    Config,
-    SchedulerConfig,
-    check,
-    decode_rows,
-    from_hydra,
-    register_schema,
-    warnings,
-)
-from spmd.defaults import decode_buckets
-from spmd.runtime.main import CONF
+from spmd.config import Config, keys, value_of
+from spmd.config_checks import check, decode_rows, warnings
+from spmd.runtime.compose import CONF, from_hydra, register_schema
+
+CHOICES = {name: member.metadata["choices"] for name, member in keys().items() if member.metadata["choices"]}
+AT_LEAST = {name: least for name, member in keys().items() if (least := member.metadata["least"]) is not None}
 
 
 def composed(*overrides: str) -> Config:
@@ -191,14 +184,16 @@ def test_decode_rows_are_an_equal_share_of_the_seats() -> None:
     assert decode_rows(altered(sizes | {"scheduler.decode_cap": False})) == 10
 
 
-def test_every_checked_key_exists() -> None:
-    sections = {f.name for f in fields(Config) if is_dataclass(getattr(Config(), f.name))}
-    assert {key.rpartition(".")[0] for key in [*CHOICES, *AT_LEAST]} <= sections | {""}
+def test_every_key_says_what_it_does_and_keeps_to_its_own_rules() -> None:
+    config = Config()
+    for name, member in keys().items():
+        assert member.metadata["help"].endswith("."), name
+        value, choices, least = value_of(config, name), member.metadata["choices"], member.metadata["least"]
+        assert not choices or value in choices, name
+        assert least is None or value is None or value >= least, name
 
 
-def test_row_counts_of_a_gpu() -> None:
-    """By eights, then in steps of at most a quarter; a CPU pads nothing but to the whole batch."""
-    config = Config(scheduler=SchedulerConfig(max_num_seqs=256))
-    counts = sorted(decode_buckets(config, "cuda"))
-    assert counts == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256]
-    assert decode_buckets(config, "cpu") == [256]
+def test_keys_are_those_that_hydra_knows() -> None:
+    sections = {f.name: getattr(Config(), f.name) for f in fields(Config)}
+    nested = {f"{name}.{f.name}" for name, value in sections.items() if is_dataclass(value) for f in fields(value)}
+    assert keys().keys() == nested | {name for name, value in sections.items() if not is_dataclass(value)}

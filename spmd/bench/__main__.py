@@ -16,17 +16,17 @@ from spmd.report.profile import Watch, profiled
 from spmd.report.summary import json_line, table
 from spmd.runtime.main import main
 from spmd.signals import Stop
-from spmd.stage.build import stages
 from spmd.topology import Topology
-from spmd.worker import Worker, start
+from spmd.worker import Worker, settle, start
 
 WARM_UP_ROWS, WARM_UP_TOKENS = 4, 8  # of a replica, of a row
 
 
 def bench(config: Config, topology: Topology, stop: Stop) -> None:
     """Run the workload on random weights or a checkpoint and print what came of it."""
-    worker = start(config, topology, stop)
-    rates = device_rates(config.bench, worker.device, worker.arch.dtype) if topology.rank == 0 else None
+    worker = start(settle(config), topology, stop)
+    settings = worker.settings
+    rates = device_rates(config.bench, worker.device, settings.arch.dtype) if topology.rank == 0 else None
     _run(worker, _short(config.workload, topology.dp))
     worker.phases.end("warm-up")
     with profiled(config.profile, worker.run_dir, topology.rank) as profiler:
@@ -34,15 +34,15 @@ def bench(config: Config, topology: Topology, stop: Stop) -> None:
     if metrics:
         reached = _reached(worker, metrics, rates)
         print(table(metrics, lines(reached)))
-        t, w = config.topology, config.workload
-        about = {"workload": w.name, "dp": t.dp, "pp": t.pp, "tp": t.tp, "async_depth": config.scheduler.async_depth}
+        t, w = settings.topology, settings.workload
+        about = {"workload": w.name, "dp": t.dp, "pp": t.pp, "tp": t.tp, "async_depth": settings.scheduler.async_depth}
         print(json_line(metrics, **about, **reached, startup_phases=worker.phases.seconds))
 
 
 def _reached(worker: Worker, metrics: Metrics, rates: Rates | None) -> dict[str, Any]:
     """How much of what the device can do was made use of."""
-    config, arch = worker.config, worker.arch
-    work = ranks_work(config, arch, stages(config, arch), lengths(config.workload, arch.vocab_size))
+    settings = worker.settings
+    work = ranks_work(settings, lengths(settings.workload, settings.arch.vocab_size))
     return figures(work, rates, metrics.wall_seconds, metrics.output_tokens)
 
 
@@ -53,8 +53,7 @@ def _short(workload: WorkloadConfig, dp: int) -> WorkloadConfig:
 
 
 def _run(worker: Worker, workload: WorkloadConfig, watch: Watch | None = None) -> Metrics | None:
-    longest = min(worker.capacity, worker.max_model_len)
-    source = Workload(workload, worker.arch.vocab_size, longest)
+    source = Workload(workload, worker.settings.arch.vocab_size, worker.settings.longest)
     leader = Leader(None, "bench", Metrics()) if worker.topology.is_leader else None
     return worker.run(source, leader, watch)
 

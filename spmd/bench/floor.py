@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmd.bench.rates import Rates
-from spmd.config import Config
-from spmd.model.architecture import Architecture
 from spmd.model.cost import head_params, kv_bytes, layer_params, seen, touched_experts
+from spmd.settings import Settings
 
 Rows = Sequence[tuple[int, int]]  # tokens of the prompt and of the output, row by row
 
@@ -45,11 +44,13 @@ class Work:
         return decode + self.cache_bytes / rates.bandwidth + self.prefill_flops / rates.flops
 
 
-def ranks_work(config: Config, arch: Architecture, stages: Sequence[range], rows: Rows) -> list[Work]:
+def ranks_work(settings: Settings, rows: Rows) -> list[Work]:
     """The work of one rank of every stage of every replica; rows are dealt out to the replicas in turn."""
-    dp, seats = config.topology.dp, config.scheduler.max_num_seqs
+    dp, seats = settings.topology.dp, settings.scheduler.max_num_seqs
     dealt = [rows[replica::dp] for replica in range(dp)]
-    return [_work(config, arch, stage, share, _turns(share, seats)) for share in dealt if share for stage in stages]
+    return [
+        _work(settings, stage, share, _turns(share, seats)) for share in dealt if share for stage in settings.stages
+    ]
 
 
 def figures(work: Sequence[Work], rates: Rates | None, seconds: float, output_tokens: int) -> dict[str, Any]:
@@ -84,11 +85,11 @@ def _turns(rows: Rows, seats: int) -> float:
     return max(sum(decodes) / seats, max(decodes))
 
 
-def _work(config: Config, arch: Architecture, stage: range, rows: Rows, turns: float) -> Work:
-    pp, tp = config.topology.pp, config.topology.tp
+def _work(settings: Settings, stage: range, rows: Rows, turns: float) -> Work:
+    arch, pp, tp = settings.arch, settings.topology.pp, settings.topology.tp
     prompt, decoded = sum(tokens for tokens, _ in rows), sum(output - 1 for _, output in rows)
     head = head_params(arch) if arch.num_layers - 1 in stage else 0
-    sharing = config.topology.dp if config.topology.ep else 1  # replicas that share the experts of all their rows
+    sharing = settings.topology.dp if settings.topology.ep else 1  # replicas that share the experts of all their rows
     touched = touched_experts(arch, sharing * decoded / (turns * pp)) / sharing if turns else 0.0
     read = sum(layer_params(arch, layer, touched) for layer in stage) + head
     used = sum(layer_params(arch, layer, arch.experts_per_token) for layer in stage)

@@ -20,15 +20,15 @@ from spmd.report.metrics import Metrics
 from spmd.runtime.main import main
 from spmd.signals import Stop
 from spmd.topology import Topology
-from spmd.worker import Worker, start
+from spmd.worker import Worker, settle, start
 
 ROUNDS = 8
 
 
 def overhead(config: Config, topology: Topology, stop: Stop) -> None:
     """Print the seconds of each round and the median of their ratios."""
-    worker = start(config, topology, stop)
-    bare = replace(worker, config=replace(config, guard=replace(config.guard, enabled=False)))
+    worker = start(settle(config), topology, stop)
+    bare = replace(worker, settings=replace(worker.settings, guard=replace(config.guard, enabled=False)))
     ratios = []
     with tempfile.TemporaryDirectory(prefix="spmd-") as folder:
         output = Path(folder) / "out.jsonl"
@@ -47,8 +47,8 @@ def overhead(config: Config, topology: Topology, stop: Stop) -> None:
 
 def _seconds(worker: Worker, output: Path | None) -> float:
     """Seconds of the workload on this rank; with an `output` its answers are built and written there."""
-    workload, longest = worker.config.workload, min(worker.capacity, worker.max_model_len)
-    source = Workload(workload, worker.arch.vocab_size, longest)
+    settings = worker.settings
+    source = Workload(settings.workload, settings.arch.vocab_size, settings.longest)
     if not worker.topology.is_leader:
         metrics = worker.run(source, None)
     elif output is None:

@@ -16,16 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spmd.bench.workload import prompts
 from spmd.config import Config
 from spmd.runtime.main import main
+from spmd.settings import read_model
 from spmd.signals import Stop
 from spmd.topology import Topology
-from spmd.worker import model_shape
 
 Rows = list[tuple[list[int], int]]
 
 
 def reference(config: Config, topology: Topology, stop: Stop) -> None:
     """Run the workload on random weights of the model's shape and print one line of JSON."""
-    arch = model_shape(config, topology)
+    arch = read_model(config)
     shape = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision, **config.model.overrides)
     model = AutoModelForCausalLM.from_config(shape, dtype=arch.dtype).eval()
     rows = list(prompts(config.workload, config.workload.num_prompts, arch.vocab_size))

@@ -9,13 +9,13 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,9 @@ import torch.distributed as dist
 from spmd.config import Config
 from spmd.messages import listed
 from spmd.model.weights import computed_in
+from spmd.topology import Topology
 
+T = TypeVar("T")
 ERROR = "error"  # a fact under this name is no fact but why its rank has none
 ABSENT = "absent"
 TOLD = 5  # differences that a message names
@@ -70,6 +72,34 @@ def agree(facts: Mapping[str, str]) -> None:
         raise ValueError(difference(everyone))
     if ERROR in facts:
         raise ValueError(facts[ERROR])
+
+
+def together(topology: Topology, step: Callable[[], T]) -> T:
+    """Run a start-up step on every rank; if it fails on some, all ranks end with the first one's message.
+
+    Raises:
+        ValueError: on every rank alike, naming the rank that failed.
+    """
+    result, message = None, None
+    try:
+        result = step()
+    except (ValueError, OSError) as error:
+        message = f"{error} [rank {topology.rank}, {topology}]" if topology.world_size > 1 else str(error)
+    messages: list[str | None] = [message]
+    if topology.world_size > 1:
+        messages = [None] * topology.world_size
+        dist.all_gather_object(messages, message)
+    if failed := next(filter(None, messages), None):
+        raise ValueError(failed)
+    return result  # type: ignore[return-value]  # set unless the step failed
+
+
+def from_rank_0(topology: Topology, value: T) -> T:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if topology.world_size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def host() -> str:

@@ -4,12 +4,14 @@ import contextlib
 import io
 import sys
 import time
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
-from spmd.config import Config, from_hydra, register_schema
+from spmd.config import Config
 
 CONF = Path(__file__).parents[2] / "conf"
 USAGE = 2  # exit status of an error the user can mend
@@ -58,6 +60,28 @@ def compose(quiet: bool = False) -> Config:
     return from_hydra(composed[0])
 
 
+def register_schema() -> None:
+    """Give Hydra the schema under the name conf/config.yaml starts from.
+
+    OmegaConf takes a frozen dataclass for a read-only node, which would refuse every override: the flag is lifted.
+    """
+    ConfigStore.instance().store(name="schema", node=_writable(OmegaConf.structured(Config)))
+
+
+def from_hydra(cfg: DictConfig) -> Config:
+    """The frozen Config of a composed Hydra configuration.
+
+    Raises:
+        ValueError: it has a key that is none of ours; with a + before it Hydra lets it pass.
+    """
+    try:
+        config = OmegaConf.to_object(cfg)
+    except FrozenInstanceError as error:
+        raise ValueError(f"unknown key {str(error).split()[-1]}, added with +") from error
+    assert isinstance(config, Config)
+    return config
+
+
 def tell(error: ValueError, rank: int = 0) -> None:
     """Print an error as one line, on rank 0.
 
@@ -69,3 +93,14 @@ def tell(error: ValueError, rank: int = 0) -> None:
     lines = (line.strip() for line in str(error).splitlines())
     told = ": ".join(line.rstrip(".:") for line in lines if line and not line.startswith(NOISE))
     sys.stderr.write(f"error: {told}\n")
+
+
+def _writable(node: DictConfig) -> DictConfig:
+    OmegaConf.set_readonly(node, None)
+    if node._metadata.object_type is dict:
+        OmegaConf.set_struct(node, False)  # model.overrides takes any key of config.json
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _writable(child)
+    return node

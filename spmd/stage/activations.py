@@ -7,53 +7,47 @@ it is the same sum for the kernels used there.
 
 from spmd.backend.cuda.flashinfer import WORKSPACE_BYTES
 from spmd.backend.plain.attention import QUERY_TILE
-from spmd.config import Config
-from spmd.defaults import decode_buckets, max_num_batched_tokens
 from spmd.model.architecture import Architecture
+from spmd.settings import Settings
 
 MARGIN = 1.2
 SAMPLING_BYTES = 46  # of each logit, with penalties and top_p, the most there is (counted in `Sampler.sample`)
 
 
-def activation_bytes(config: Config, arch: Architecture, device: str, longest: int, last: bool) -> int:
-    """Bytes of the largest forward on one rank, of the last stage or of another.
-
-    Args:
-        device: cuda or cpu.
-        longest: tokens of the longest request.
-    """
-    t, size = config.topology, arch.dtype.itemsize
-    rows = max_num_batched_tokens(config, device)
-    fused = device == "cuda" and config.model.attention_backend != "torch"
-    peak = rows * _row_elements(arch, config, fused) * size
+def activation_bytes(settings: Settings, last: bool) -> int:
+    """Bytes of the largest forward on one rank, of the last stage or of another."""
+    t, s, arch = settings.topology, settings.scheduler, settings.arch
+    rows, size, on_gpu = s.max_num_batched_tokens, arch.dtype.itemsize, settings.kind == "cuda"
+    fused = settings.model.attention_backend == "flashinfer"
+    peak = rows * _row_elements(settings, fused) * size
     if not fused:
-        peak += _score_elements(arch, t.tp, rows, longest) * size
+        peak += _score_elements(arch, t.tp, rows, settings.model.max_model_len) * size
     if last:
-        peak = max(peak, 2 * rows * arch.hidden_size * size + _head_bytes(config, arch, rows))
+        peak = max(peak, 2 * rows * arch.hidden_size * size + _head_bytes(settings, rows))
     kept = 2 * WORKSPACE_BYTES if fused else 0
     if t.pp > 1:  # hidden states on their way to the next stage
-        kept += (t.pp + config.scheduler.async_depth) * rows * arch.hidden_size * size
-    if device == "cuda" and not config.model.enforce_eager:
-        kept += _graph_elements(config, arch, fused, last) * size
+        kept += settings.slots * rows * arch.hidden_size * size
+    if on_gpu and not settings.model.enforce_eager:
+        kept += _graph_elements(settings, fused, last) * size
     return int(MARGIN * peak) + kept
 
 
-def _row_elements(arch: Architecture, config: Config, fused: bool) -> int:
+def _row_elements(settings: Settings, fused: bool) -> int:
     """Numbers that one row of a batch keeps alive in a layer: residual, input, output, and the widest part's own."""
-    tp, hidden = config.topology.tp, arch.hidden_size
+    arch, tp, hidden = settings.arch, settings.topology.tp, settings.arch.hidden_size
     q, kv = arch.num_heads * arch.head_dim // tp, arch.num_kv_heads * arch.head_dim // tp
     # Plain PyTorch keeps them as projected, normed and rotated, keys and values copied, and the outputs once more.
     widest = 3 * q + 2 * kv if fused else 5 * q + 6 * kv
     if not all(arch.sparse):
         widest = max(widest, 4 * arch.intermediate_size // tp)
     if any(arch.sparse):
-        widest = max(widest, _expert_elements(arch, config))
+        widest = max(widest, _expert_elements(settings))
     return 3 * hidden + widest
 
 
-def _expert_elements(arch: Architecture, config: Config) -> int:
+def _expert_elements(settings: Settings) -> int:
     """The same of a sparse layer: each row stands in it once for each of its experts, with `ep` every replica's row."""
-    t, hidden = config.topology, arch.hidden_size
+    t, arch, hidden = settings.topology, settings.arch, settings.arch.hidden_size
     inner = arch.moe_intermediate_size // (1 if t.ep else t.tp)
     return (
         arch.experts_per_token
@@ -68,15 +62,15 @@ def _score_elements(arch: Architecture, tp: int, rows: int, longest: int) -> int
     return longest * (2 * heads * min(QUERY_TILE, rows) + len(set(arch.windows)) * group * rows)
 
 
-def _head_bytes(config: Config, arch: Architecture, rows: int) -> int:
+def _head_bytes(settings: Settings, rows: int) -> int:
     """Logits of this rank's slice of the vocabulary, and on the leader of all of it, with what the sampler makes."""
-    samples = min(config.scheduler.max_num_seqs, rows)
-    local = arch.padded_vocab_size(config.topology.tp) // config.topology.tp
+    arch, tp = settings.arch, settings.topology.tp
+    samples, local = min(settings.scheduler.max_num_seqs, rows), arch.padded_vocab_size(tp) // tp
     return samples * (local * arch.dtype.itemsize + arch.vocab_size * SAMPLING_BYTES)
 
 
-def _graph_elements(config: Config, arch: Architecture, fused: bool, last: bool) -> int:
+def _graph_elements(settings: Settings, fused: bool, last: bool) -> int:
     """What CUDA graphs keep: the widest point of the largest, and the logits of each."""
-    buckets = decode_buckets(config, "cuda")
-    local = arch.padded_vocab_size(config.topology.tp) // config.topology.tp
-    return buckets[0] * _row_elements(arch, config, fused) + (sum(buckets) * local if last else 0)
+    buckets, tp = settings.scheduler.decode_buckets, settings.topology.tp
+    local = settings.arch.padded_vocab_size(tp) // tp
+    return buckets[0] * _row_elements(settings, fused) + (sum(buckets) * local if last else 0)

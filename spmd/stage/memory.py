@@ -9,23 +9,24 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from spmd.backend.kv_cache import KVCache
-from spmd.config import Config
-from spmd.defaults import block_size
 from spmd.integers import ceil_div
 from spmd.messages import readable
-from spmd.model.architecture import Architecture, check_topology
+from spmd.model.architecture import check_topology
 from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
+from spmd.settings import Settings
 from spmd.stage.activations import activation_bytes
-from spmd.stage.build import CPU_CACHE_BYTES, exchanged_bytes, max_model_len, stages
+from spmd.stage.build import exchanged_bytes
 from spmd.topology import Topology
 
+CPU_CACHE_BYTES = 4 * 2**30  # KV cache of a rank without a GPU, as vLLM's CPU default
 CUDA_BYTES = 2**30  # what CUDA, NCCL and cuBLAS take of a GPU, about, where it can't be measured
 MOST_UTILIZATION = 0.95  # that is advised
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -40,9 +41,9 @@ class Device:
     used: int = 0  # of these, by CUDA itself and by others
     place: str = ""  # where it is, for people
 
-    def room(self, config: Config) -> int:
+    def usable(self, settings: Settings) -> int:
         """Bytes for weights and KV cache."""
-        share = config.scheduler.gpu_memory_utilization if self.kind == "cuda" else 1.0
+        share = settings.scheduler.gpu_memory_utilization if self.kind == "cuda" else 1.0
         return int(self.total * share) - self.used
 
 
@@ -63,44 +64,70 @@ class Needs:
         return f"stage {self.stage} (layers {self.layers[0]}-{self.layers[-1]})"
 
 
-def needs(config: Config, arch: Architecture, kind: str) -> list[Needs]:
-    """What each stage needs on devices of a kind, cuda or cpu. Nothing is allocated."""
-    t, tokens = config.topology, block_size(config, kind)
+def needs(settings: Settings) -> list[Needs]:
+    """What each stage needs. Nothing is allocated."""
+    t, arch, found = settings.topology, settings.arch, []
     ep = ExpertParallel(0, t.dp * t.tp) if t.ep else None
-    longest, found = max_model_len(config, arch), []
-    for stage, layers in enumerate(stages(config, arch)):
+    for stage, layers in enumerate(settings.stages):
         first, last = stage == 0, stage == t.pp - 1
         decoder = Decoder(arch, layers, first, last, TensorParallel(0, t.tp), ep, "meta")
-        weights = sum(parameter.nbytes for parameter in decoder.parameters()) + exchanged_bytes(config, arch, kind)
-        block = KVCache.bytes_per_block(arch, len(layers), t.tp, tokens)
-        found.append(Needs(stage, layers, weights, block, activation_bytes(config, arch, kind, longest, last)))
+        weights = sum(parameter.nbytes for parameter in decoder.parameters()) + exchanged_bytes(settings)
+        block = KVCache.bytes_per_block(arch, len(layers), t.tp, settings.scheduler.block_size)
+        found.append(Needs(stage, layers, weights, block, activation_bytes(settings, last)))
     return found
 
 
-def least_blocks(config: Config, arch: Architecture, kind: str) -> int:
+def least_blocks(settings: Settings) -> int:
     """KV blocks without which a run makes no sense: those asked for, else one request of full length."""
-    return config.scheduler.num_blocks or 1 + ceil_div(max_model_len(config, arch), block_size(config, kind))
+    s = settings.scheduler
+    return s.num_blocks or 1 + ceil_div(settings.model.max_model_len, s.block_size)
 
 
-def most_blocks(config: Config, arch: Architecture, kind: str) -> int:
+def most_blocks(settings: Settings) -> int:
     """KV blocks that all seats can use."""
-    least = least_blocks(config, arch, kind)
-    return config.scheduler.num_blocks or 1 + config.scheduler.max_num_seqs * (least - 1)
+    s = settings.scheduler
+    return s.num_blocks or 1 + s.max_num_seqs * (least_blocks(settings) - 1)
 
 
-def blocks_that_fit(config: Config, arch: Architecture, devices: Sequence[Device]) -> int:
-    """KV blocks that a replica gets: as many as the fullest stage has room for, and no more than all seats use."""
-    if config.scheduler.num_blocks:
-        return config.scheduler.num_blocks
-    kind = devices[0].kind
-    usable = most_blocks(config, arch, kind)
-    each = zip(needs(config, arch, kind), devices, strict=True)
-    if kind == "cpu":
-        return min(usable, *(CPU_CACHE_BYTES // stage.block for stage, _ in each))
-    return min(usable, *((device.room(config) - stage.weights) // stage.block for stage, device in each))
+def blocks_in(settings: Settings, available: int, block: int) -> int:
+    """KV blocks of `block` bytes that a rank gets of `available` bytes: no more than all seats can use.
+
+    On CPUs CPU_CACHE_BYTES are available, whatever the machine has.
+    """
+    if settings.kind == "cpu":
+        available = CPU_CACHE_BYTES
+    return settings.scheduler.num_blocks or min(most_blocks(settings), available // block)
 
 
-def check_memory(config: Config, arch: Architecture, devices: Sequence[Device]) -> list[str]:
+def blocks_that_fit(settings: Settings, devices: Sequence[Device]) -> int:
+    """KV blocks that a replica will get: what its fullest stage has room for, by what is known before a start."""
+    each = zip(needs(settings), devices, strict=True)
+    return min(blocks_in(settings, device.usable(settings) - stage.weights, stage.block) for stage, device in each)
+
+
+def count_blocks(settings: Settings, topology: Topology, device: torch.device) -> int:
+    """KV blocks of a replica, once weights are loaded: what the poorest rank has room for.
+
+    Raises:
+        ValueError: not even one block fits.
+    """
+    s, layers = settings.scheduler, settings.stages[topology.pp_rank]
+    if s.num_blocks is not None:
+        return s.num_blocks
+    size = KVCache.bytes_per_block(settings.arch, len(layers), topology.tp, s.block_size)
+    available = max(0, this_device(device).usable(settings)) if device.type == "cuda" else CPU_CACHE_BYTES
+    blocks = torch.tensor(blocks_in(settings, available, size))
+    if topology.world_size > 1:
+        dist.all_reduce(blocks, dist.ReduceOp.MIN)
+    if blocks < 2:
+        raise ValueError(
+            f"no room for a KV cache: {available / 2**30:.2f} GiB are left, a block of {s.block_size} tokens takes "
+            f"{size / 2**20:.2f} MiB; use more stages or tensor ranks, or a higher scheduler.gpu_memory_utilization"
+        )
+    return int(blocks)
+
+
+def check_memory(settings: Settings, devices: Sequence[Device]) -> list[str]:
     """Check that weights and KV cache fit.
 
     Args:
@@ -112,14 +139,14 @@ def check_memory(config: Config, arch: Architecture, devices: Sequence[Device]) 
     Raises:
         ValueError: with the whole sum, and what would fit.
     """
-    each = list(zip(needs(config, arch, devices[0].kind), devices, strict=True))
-    if devices[0].kind == "cpu":
+    each = list(zip(needs(settings), devices, strict=True))
+    if settings.kind == "cpu":
         return list(_cpu_warnings(each))
-    least = least_blocks(config, arch, "cuda")
-    stage, device = min(each, key=lambda pair: pair[1].room(config) - pair[0].with_cache(least))
-    if stage.with_cache(least) > device.room(config):
-        raise ValueError(_too_large(config, arch, stage, devices))
-    return list(_gpu_warnings(each, blocks_that_fit(config, arch, devices)))
+    least = least_blocks(settings)
+    stage, device = min(each, key=lambda pair: pair[1].usable(settings) - pair[0].with_cache(least))
+    if stage.with_cache(least) > device.usable(settings):
+        raise ValueError(_too_large(settings, stage, devices))
+    return list(_gpu_warnings(each, blocks_that_fit(settings, devices)))
 
 
 def this_device(device: torch.device, place: str = "", ranks: int = 1) -> Device:
@@ -130,7 +157,7 @@ def this_device(device: torch.device, place: str = "", ranks: int = 1) -> Device
     return Device("cpu", machine_bytes() // ranks, 0, place)
 
 
-def smallest_of_stages(own: Device, config: Config, topology: Topology) -> list[Device]:
+def smallest_of_stages(own: Device, settings: Settings, topology: Topology) -> list[Device]:
     """For each stage the device with least room; every rank of the default process group calls this with its own."""
     everyone = [own] * topology.world_size
     if topology.world_size > 1:
@@ -139,7 +166,7 @@ def smallest_of_stages(own: Device, config: Config, topology: Topology) -> list[
     return [
         min(
             (device for device, place in zip(everyone, places, strict=True) if place == stage),
-            key=lambda device: device.room(config),
+            key=lambda device: device.usable(settings),
         )
         for stage in range(topology.pp)
     ]
@@ -152,56 +179,53 @@ def machine_bytes() -> int:
     return min([installed, *(int(limit) for limit in limits if limit.isdigit())])
 
 
-def _too_large(config: Config, arch: Architecture, stage: Needs, devices: Sequence[Device]) -> str:
-    least, device = least_blocks(config, arch, "cuda"), devices[stage.stage]
-    cache = f"the KV cache of one request of {max_model_len(config, arch)} tokens"
-    if config.scheduler.num_blocks:
+def _too_large(settings: Settings, stage: Needs, devices: Sequence[Device]) -> str:
+    s, least, device = settings.scheduler, least_blocks(settings), devices[stage.stage]
+    cache = f"the KV cache of one request of {settings.model.max_model_len} tokens"
+    if s.num_blocks:
         cache = f"the KV cache of scheduler.num_blocks={least} blocks"
-    utilization = config.scheduler.gpu_memory_utilization
     place = f" ({device.place})" if device.place else ""
     return (
         f"each rank of {stage} needs {readable(stage.with_cache(least))}: weights {readable(stage.weights)}, "
         f"{cache} {readable(least * stage.block)}, beside activations of about {readable(stage.activations)}; "
         f"the smallest GPU{place} has {readable(device.total)}, {readable(device.used)} of it taken, "
-        f"and scheduler.gpu_memory_utilization={utilization} leaves {readable(max(0, device.room(config)))}; "
-        f"use {' or '.join(_advice(config, arch, devices)) or 'more stages and tensor ranks, or larger GPUs'}"
+        f"and scheduler.gpu_memory_utilization={s.gpu_memory_utilization} leaves "
+        f"{readable(max(0, device.usable(settings)))}; "
+        f"use {' or '.join(_advice(settings, devices)) or 'more stages and tensor ranks, or larger GPUs'}"
     )
 
 
-def _advice(config: Config, arch: Architecture, devices: Sequence[Device]) -> Iterator[str]:
+def _advice(settings: Settings, devices: Sequence[Device]) -> Iterator[str]:
     """Single keys with which the configuration would fit."""
-    t, least = config.topology, least_blocks(config, arch, "cuda")
-    smallest = min(devices, key=lambda device: device.room(config))
+    smallest = min(devices, key=lambda device: device.usable(settings))
     for key in ("pp", "tp"):
-        for factor in (2, 4, 8, 16):
-            count = getattr(t, key) * factor
-            layers = t.layers if key == "tp" else None
-            changed = replace(config, topology=replace(t, **{key: count, "layers": layers}))
-            if _possible(changed, arch) and _fits(changed, arch, smallest):
-                yield f"topology.{key}={count}"
-                break
-    each = list(zip(needs(config, arch, "cuda"), devices, strict=True))
-    blocks = min((device.room(config) - stage.weights) // stage.block for stage, device in each)
+        counts = (getattr(settings.topology, key) * factor for factor in (2, 4, 8, 16))
+        if fitting := next((count for count in counts if _would_fit(settings, key, count, smallest)), None):
+            yield f"topology.{key}={fitting}"
+    s, least = settings.scheduler, least_blocks(settings)
+    each = list(zip(needs(settings), devices, strict=True))
+    blocks = min((device.usable(settings) - stage.weights) // stage.block for stage, device in each)
     if blocks > 1:
-        tokens = (blocks - 1) * block_size(config, "cuda")
-        yield f"scheduler.num_blocks={blocks}" if config.scheduler.num_blocks else f"model.max_model_len={tokens}"
+        yield f"scheduler.num_blocks={blocks}" if s.num_blocks else f"model.max_model_len={(blocks - 1) * s.block_size}"
     taken = max((stage.with_cache(least) + device.used) / device.total for stage, device in each)
     if (share := math.ceil(100 * taken) / 100) <= MOST_UTILIZATION:
         yield f"scheduler.gpu_memory_utilization={share}"
 
 
-def _possible(config: Config, arch: Architecture) -> bool:
-    t = config.topology
+def _would_fit(settings: Settings, key: str, count: int, device: Device) -> bool:
+    """Whether all stages would fit such a device with `count` stages (pp) or ranks a stage (tp)."""
+    t = settings.topology
+    changes: dict[str, Any] = {"pp": count, "layers": None} if key == "pp" else {"tp": count}
+    pp, tp = changes.get("pp", t.pp), changes.get("tp", t.tp)
     try:
-        check_topology(arch, Topology(t.dp, t.pp, t.tp), t.ep)
+        check_topology(settings.arch, Topology(t.dp, pp, tp), t.ep)
     except ValueError:
         return False
-    return config.scheduler.max_num_seqs >= t.pp
-
-
-def _fits(config: Config, arch: Architecture, device: Device) -> bool:
-    least = least_blocks(config, arch, "cuda")
-    return all(stage.with_cache(least) <= device.room(config) for stage in needs(config, arch, "cuda"))
+    if settings.scheduler.max_num_seqs < pp:
+        return False
+    changed = settings.with_topology(**changes)
+    least = least_blocks(changed)
+    return all(stage.with_cache(least) <= device.usable(changed) for stage in needs(changed))
 
 
 def _gpu_warnings(each: list[tuple[Needs, Device]], blocks: int) -> Iterator[str]:

@@ -24,6 +24,7 @@ from spmd.schedule.request import Request, SamplingParams
 from spmd.stage.build import build_stage
 from spmd.topology import Topology
 from spmd.worker import build_scheduler
+from tests.support.settings import settled
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 LENGTHS = [(37, 22), (150, 9), (9, 19), (64, 7), (200, 12), (1, 16)]  # prompt and output tokens of each request
@@ -91,9 +92,10 @@ def configured(backend: str, block_size: int) -> Config:
 def run(decoder: Decoder, backend: str, block_size: int) -> Iterator[tuple[str, Tensor]]:
     """The kind of each plan of the script, and the logits it gives, `[S, vocab]`."""
     config = configured(backend, block_size)
-    stage = build_stage(config, decoder, NUM_BLOCKS, Topology(), Groups(), DEVICE)
+    settings = settled(config, decoder.arch, DEVICE.type, NUM_BLOCKS)
+    stage = build_stage(settings, decoder, Topology(), Groups(), DEVICE)
     assert sorted(stage.forward.graphs) == ([] if config.model.enforce_eager else [4, 6])
-    scheduler = build_scheduler(config, NUM_BLOCKS, DEVICE)
+    scheduler = build_scheduler(settings)
     for index, (prompt_len, max_tokens) in enumerate(LENGTHS):
         prompt = [token_at(index, position) for position in range(prompt_len)]
         scheduler.add(Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens)))

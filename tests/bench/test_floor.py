@@ -8,11 +8,11 @@ import pytest
 from spmd.bench.floor import Work, figures, lines, ranks_work
 from spmd.bench.rates import Rates
 from spmd.bench.workload import lengths
-from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, WorkloadConfig, decode_rows
+from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, WorkloadConfig
 from spmd.model.architecture import Architecture, read_architecture
-from spmd.model.cost import head_cost, head_params, layer_params
+from spmd.model.cost import head_params, layer_params
 from spmd.runtime.compose import CONF
-from spmd.topology import split_layers
+from tests.support.settings import settled
 
 H200 = Rates(bandwidth=4.24e12, flops=785e12)
 LONG = WorkloadConfig("long_output", 128, [900, 1000], [900, 1000])
@@ -29,9 +29,8 @@ def architecture(name: str) -> Architecture:
 
 
 def work_of(arch: Architecture, config: Config, rows: list[tuple[int, int]] | None = None) -> list[Work]:
-    cost = head_cost(arch, decode_rows(config))
-    stages = split_layers(arch.num_layers, config.topology.pp, config.topology.layers, cost)
-    return ranks_work(config, arch, stages, lengths(config.workload, arch.vocab_size) if rows is None else rows)
+    settings = settled(config, arch)
+    return ranks_work(settings, lengths(config.workload, arch.vocab_size) if rows is None else rows)
 
 
 @pytest.mark.parametrize(

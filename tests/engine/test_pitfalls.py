@@ -14,8 +14,8 @@ from torch import Tensor
 
 from spmd.config import Config, ModelConfig, TopologyConfig
 from spmd.parallel.hidden import HiddenChannel
-from spmd.topology import Topology, split_layers
-from spmd.worker import model_shape, start
+from spmd.settings import read_model
+from spmd.topology import split_layers
 from tests.support.driver import Report, Tick, answers, configure, drive, run
 from tests.support.oracle import Task
 from tests.support.ranks import Ranks
@@ -109,7 +109,7 @@ def test_pitfall_8_uneven_stages_and_tied_embeddings(
 def test_pitfall_8_a_wrong_split_ends_the_start(qwen3: Task, pp: int, layers: list[int] | None, message: str) -> None:
     config = Config(model=ModelConfig(path=qwen3.model), topology=TopologyConfig(pp=pp, layers=layers))
     with pytest.raises(ValueError, match=message):
-        start(config, Topology(pp=pp))
+        read_model(config)
 
 
 def drive_poisoned(rank: int, config: Config) -> Report:
@@ -160,7 +160,7 @@ def test_pitfall_11_equal_plans_whoever_is_late(
 
 def drive_poor(rank: int, config: Config, rooms: list[int]) -> Report:
     """A rank whose memory is `rooms[rank]` bytes."""
-    with patch("spmd.stage.build.CPU_CACHE_BYTES", rooms[rank]):
+    with patch("spmd.stage.memory.CPU_CACHE_BYTES", rooms[rank]):
         return drive(rank, config)
 
 
@@ -192,4 +192,4 @@ def test_pitfall_12_one_rank_samples_with_the_request_s_own_seed(
 def test_a_model_longer_than_its_positions_is_refused(qwen3: Task) -> None:
     config = Config(model=ModelConfig(path=qwen3.model, max_model_len=513))
     with pytest.raises(ValueError, match=r"max_model_len=513 is more than the 512 positions"):
-        model_shape(config, Topology())
+        read_model(config)

@@ -19,9 +19,10 @@ from spmd.parallel.groups import connect
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Scheduler
+from spmd.settings import read_model, resolve
 from spmd.stage.build import build_stage, load_decoder
 from spmd.topology import Topology
-from spmd.worker import build_scheduler, model_shape
+from spmd.worker import build_scheduler
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import Ranks
 
@@ -64,9 +65,10 @@ def replay(rank: int, config: Config, replicas: list[Lengths]) -> tuple[Logprobs
         torch.cuda.set_device(device := torch.device("cuda", rank))
     topology = Topology(t.dp, t.pp, t.tp, rank)
     groups = connect(topology, device, ep=t.ep)
-    decoder = load_decoder(config, model_shape(config, topology), topology, groups, device)
-    stage = build_stage(config, decoder, NUM_BLOCKS, topology, groups, device)
-    scheduler = build_scheduler(config, NUM_BLOCKS, device)
+    settings = resolve(config, read_model(config), device).sized(NUM_BLOCKS)
+    decoder = load_decoder(settings, topology, groups, device)
+    stage = build_stage(settings, decoder, topology, groups, device)
+    scheduler = build_scheduler(settings)
     for index, (prompt_len, max_tokens) in enumerate(replicas[topology.dp_rank]):
         prompt = [token_at(index, position) for position in range(prompt_len)]
         scheduler.add(Request(index, 0, prompt, SamplingParams(max_tokens, temperature=0.0, logprobs=VOCAB)))

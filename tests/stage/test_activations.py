@@ -20,6 +20,7 @@ from spmd.sampling.sampler import Sampler
 from spmd.schedule.request import Request, SamplingParams
 from spmd.stage.activations import SAMPLING_BYTES, activation_bytes
 from spmd.stage.inputs import InputBuilder
+from tests.support.settings import settled
 
 
 class Peak(TorchDispatchMode):
@@ -56,9 +57,9 @@ def shape(name: str, **changes: Any) -> Architecture:
     return replace(arch, num_layers=2, sparse=arch.sparse[:2], windows=arch.windows[:2])
 
 
-def configured(rows: int, **topology: Any) -> Config:
+def configured(rows: int, longest: int = 1024, **topology: Any) -> Config:
     scheduler = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=rows)
-    return Config(ModelConfig(), TopologyConfig(**topology), scheduler, device="cpu")
+    return Config(ModelConfig(max_model_len=longest), TopologyConfig(**topology), scheduler, device="cpu")
 
 
 def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
@@ -91,7 +92,7 @@ def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
     ids=["small 128", "small 1024", "small head", "tiny 512", "moe"],
 )
 def test_a_forward_takes_no_more_and_at_least_half(arch: Callable[[], Architecture], rows: int, last: bool) -> None:
-    estimate = activation_bytes(configured(rows), arch(), "cpu", rows, last)
+    estimate = activation_bytes(settled(configured(rows, rows), arch()), last)
     assert estimate / 2 <= forward_peak(arch(), rows, last) <= estimate
 
 
@@ -105,13 +106,17 @@ def test_no_sampling_takes_more_bytes_a_logit() -> None:
         assert peak.most <= (SAMPLING_BYTES + 3) * rows * vocab  # 2 of these are the logits
 
 
+def on_gpus(arch: Architecture, config: Config, last: bool = False) -> int:
+    return activation_bytes(settled(config, arch, "cuda"), last)
+
+
 def test_what_is_kept_on_gpus_counts() -> None:
     arch = shape("small")
-    alone = activation_bytes(configured(1024), arch, "cuda", 1024, False)
-    assert activation_bytes(configured(1024, pp=2), arch, "cuda", 1024, False) > alone
-    assert activation_bytes(configured(1024), arch, "cuda", 1024, True) > alone
-    eager = replace(configured(1024), model=ModelConfig(enforce_eager=True))
-    assert activation_bytes(eager, arch, "cuda", 1024, False) < alone
+    alone = on_gpus(arch, configured(1024))
+    assert on_gpus(arch, configured(1024, pp=2)) > alone
+    assert on_gpus(arch, configured(1024), last=True) > alone
+    eager = replace(configured(1024), model=ModelConfig(max_model_len=1024, enforce_eager=True))
+    assert on_gpus(arch, eager) < alone
     moe = shape("qwen3_30b_a3b")
-    apart = activation_bytes(configured(8192, dp=4), moe, "cuda", 1024, False)
-    assert activation_bytes(configured(8192, dp=4, ep=True), moe, "cuda", 1024, False) > 2 * apart
+    apart = on_gpus(moe, configured(8192, dp=4))
+    assert on_gpus(moe, configured(8192, dp=4, ep=True)) > 2 * apart

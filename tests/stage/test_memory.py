@@ -14,7 +14,8 @@ from spmd.messages import readable
 from spmd.model.architecture import read_architecture
 from spmd.parallel.groups import Groups, connect
 from spmd.runtime.compose import CONF
-from spmd.stage.build import load_decoder, stages
+from spmd.settings import Settings, read_model, resolve
+from spmd.stage.build import load_decoder
 from spmd.stage.memory import (
     Device,
     blocks_that_fit,
@@ -27,9 +28,9 @@ from spmd.stage.memory import (
     this_device,
 )
 from spmd.topology import Topology
-from spmd.worker import model_shape
 from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import Ranks
+from tests.support.settings import settled
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -44,9 +45,13 @@ def gpu(gib: float, used: float = 0.0, place: str = "") -> Device:
     return Device("cuda", int(gib * GIB), int(used * GIB), place)
 
 
+def eight_b(config: Config, kind: str = "cuda") -> Settings:
+    return settled(config, EIGHT_B, kind)
+
+
 def refused(config: Config, *devices: Device) -> str:
     with pytest.raises(ValueError, match="each rank of stage") as raised:
-        check_memory(config, EIGHT_B, devices)
+        check_memory(eight_b(config), devices)
     return str(raised.value)
 
 
@@ -67,13 +72,13 @@ def test_weights_are_those_that_loading_allocates(
         config = configured(dp, pp, tp, ep, path)
         for rank in range(dp * pp * tp):
             topology = Topology(dp, pp, tp, rank)
-            arch = model_shape(config, topology)
-            decoder = load_decoder(config, arch, topology, Groups(), CPU)
+            settings = resolve(config, read_model(config), CPU)
+            decoder = load_decoder(settings, topology, Groups(), CPU)
             storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in decoder.parameters()}
-            needed = needs(config, arch, "cpu")[topology.pp_rank]
+            needed = needs(settings)[topology.pp_rank]
             assert needed.weights == sum(storages.values())
-            assert needed.layers == decoder.range == stages(config, arch)[topology.pp_rank]
-            cache = KVCache(arch, len(decoder.range), 7, 16, tp)
+            assert needed.layers == decoder.range == settings.stages[topology.pp_rank]
+            cache = KVCache(settings.arch, len(decoder.range), 7, 16, tp)
             assert 7 * needed.block == cache.keys.nbytes + cache.values.nbytes
 
 
@@ -93,7 +98,7 @@ def test_the_whole_sum_is_told_and_every_advice_helps() -> None:
         for section, key, value in advice:
             number = float(value) if "." in value else int(value)
             changed = replace(config, **{section: replace(getattr(config, section), **{key: number})})
-            check_memory(changed, EIGHT_B, devices[:1] * changed.topology.pp)
+            check_memory(eight_b(changed), devices[:1] * changed.topology.pp)
 
 
 def test_where_nothing_helps() -> None:
@@ -103,14 +108,14 @@ def test_where_nothing_helps() -> None:
 def test_each_stage_has_a_device_of_its_own() -> None:
     """Stages split by hand may fit GPUs that are not alike."""
     config = replace(configured(), topology=TopologyConfig(pp=2, layers=[26, 10]))
-    check_memory(config, EIGHT_B, [gpu(24), gpu(12)])
+    check_memory(eight_b(config), [gpu(24), gpu(12)])
     assert "each rank of stage 0 (layers 0-25)" in refused(config, gpu(12), gpu(24))
 
 
 def test_blocks_that_are_asked_for_must_fit() -> None:
     config = replace(configured(), scheduler=SchedulerConfig(num_blocks=1000))
-    assert least_blocks(config, EIGHT_B, "cuda") == most_blocks(config, EIGHT_B, "cuda") == 1000
-    check_memory(config, EIGHT_B, [gpu(40)])
+    assert least_blocks(eight_b(config)) == most_blocks(eight_b(config)) == 1000
+    check_memory(eight_b(config), [gpu(40)])
     told = refused(config, gpu(24))
     assert "the KV cache of scheduler.num_blocks=1000 blocks 8.8 GiB" in told
     assert re.search(r"or scheduler\.num_blocks=\d+$", told)
@@ -118,27 +123,27 @@ def test_blocks_that_are_asked_for_must_fit() -> None:
 
 def test_blocks_that_fit_are_those_of_the_fullest_stage() -> None:
     config = replace(configured(pp=2), scheduler=SchedulerConfig(gpu_memory_utilization=0.5))
-    each = needs(config, EIGHT_B, "cuda")
-    fit = blocks_that_fit(config, EIGHT_B, [gpu(40), gpu(80)])
+    each = needs(eight_b(config))
+    fit = blocks_that_fit(eight_b(config), [gpu(40), gpu(80)])
     assert fit == (20 * GIB - each[0].weights) // each[0].block
-    assert blocks_that_fit(config, EIGHT_B, [gpu(4000), gpu(4000)]) == 1 + 128 * math.ceil(40960 / 64)
-    assert (
-        blocks_that_fit(config, EIGHT_B, [Device("cpu", GIB)] * 2) == 4 * GIB // needs(config, EIGHT_B, "cpu")[0].block
-    )
+    assert blocks_that_fit(eight_b(config), [gpu(4000), gpu(4000)]) == 1 + 128 * math.ceil(40960 / 64)
+    on_cpus = eight_b(config, "cpu")
+    assert blocks_that_fit(on_cpus, [Device("cpu", GIB)] * 2) == 4 * GIB // needs(on_cpus)[0].block
 
 
 def test_activations_are_only_warned_of() -> None:
-    assert check_memory(configured(), EIGHT_B, [gpu(80)]) == []
-    [told] = check_memory(configured(pp=2), EIGHT_B, [gpu(16)] * 2)
+    assert check_memory(eight_b(configured()), [gpu(80)]) == []
+    [told] = check_memory(eight_b(configured(pp=2)), [gpu(16)] * 2)
     assert re.match(r"activations on stage 0 .* may take 2\.\d GiB \(an estimate\), where weights and KV cache", told)
     share = float(re.findall(r"gpu_memory_utilization=([\d.]+)", told)[0])
     config = replace(configured(pp=2), scheduler=SchedulerConfig(gpu_memory_utilization=share))
-    assert check_memory(config, EIGHT_B, [gpu(16)] * 2) == []
+    assert check_memory(eight_b(config), [gpu(16)] * 2) == []
 
 
 def test_a_machine_that_cannot_hold_the_weights_is_warned_of() -> None:
-    assert check_memory(configured(pp=2), EIGHT_B, [Device("cpu", 9 * GIB)] * 2) == []
-    [told] = check_memory(configured(pp=2), EIGHT_B, [Device("cpu", 9 * GIB), Device("cpu", 7 * GIB)])
+    assert check_memory(eight_b(configured(pp=2), "cpu"), [Device("cpu", 9 * GIB)] * 2) == []
+    devices = [Device("cpu", 9 * GIB), Device("cpu", 7 * GIB)]
+    [told] = check_memory(eight_b(configured(pp=2), "cpu"), devices)
     assert told.startswith("the weights of a rank take 7.6 GiB in the mean, its share of its machine's memory is 7.0 G")
     assert this_device(CPU, ranks=4).total == machine_bytes() // 4 > 2**24
 
@@ -147,7 +152,7 @@ def gathered(rank: int, config: Config, devices: list[Device]) -> list[Device]:
     t = config.topology
     topology = Topology(t.dp, t.pp, t.tp, rank)
     connect(topology, CPU)
-    return smallest_of_stages(devices[rank], config, topology)
+    return smallest_of_stages(devices[rank], eight_b(config), topology)
 
 
 def test_the_smallest_device_of_each_stage_is_found(ranks: Ranks) -> None:
@@ -155,7 +160,7 @@ def test_the_smallest_device_of_each_stage_is_found(ranks: Ranks) -> None:
     devices = [gpu(16), gpu(80, used=70), gpu(80), gpu(40, used=1)]
     found = ranks.run(4, gathered, configured(dp=2, pp=2), devices)
     assert found == [[devices[0], devices[1]]] * 4
-    assert smallest_of_stages(devices[0], configured(), Topology()) == devices[:1]
+    assert smallest_of_stages(devices[0], eight_b(configured()), Topology()) == devices[:1]
 
 
 def test_bytes_for_people() -> None:
@@ -164,13 +169,14 @@ def test_bytes_for_people() -> None:
 
 def test_shared_experts_weigh_less() -> None:
     arch = read_architecture(str(CONF / "shapes" / "qwen3_30b_a3b"))
-    apart, shared = (needs(configured(dp=4, ep=ep), arch, "cuda")[0].weights for ep in (False, True))
+    apart, shared = (needs(settled(configured(dp=4, ep=ep), arch, "cuda"))[0].weights for ep in (False, True))
     assert apart > 50 * GIB and shared < apart / 3
 
 
 def test_shared_experts_need_room_for_each_others_rows() -> None:
     arch = read_architecture(str(CONF / "shapes" / "qwen3_30b_a3b"))
     half = replace(arch, dtype=torch.float16)  # not by kernels, so through NCCL
-    with_room, without = (needs(configured(dp=2, ep=True), each, "cuda")[0].weights for each in (arch, half))
+    both = (settled(configured(dp=2, ep=True), each, "cuda") for each in (arch, half))
+    with_room, without = (needs(settings)[0].weights for settings in both)
     rows, words = 2 * 8192 * (2048 + 2 * 8 + 2048) * 2, 256 * 1024 * 8
     assert 0 <= with_room - without - rows - words < 1024

@@ -11,14 +11,15 @@ from typing import Any
 
 from spmd.api.reader import Reader
 from spmd.api.rows import RowParser
-from spmd.config import BalanceConfig, Config, GuardConfig, ModelConfig, SchedulerConfig, TopologyConfig, check
+from spmd.config import BalanceConfig, Config, GuardConfig, ModelConfig, SchedulerConfig, TopologyConfig
+from spmd.config_checks import check
 from spmd.engine import Engine
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
 from spmd.schedule.digests import DigestChain
 from spmd.signals import Stop
 from spmd.topology import Topology
-from spmd.worker import start
+from spmd.worker import settle, start
 from tests.support.oracle import Answer
 from tests.support.ranks import Ranks
 from tests.support.tiny_tokenizer import make_tokenizer
@@ -87,14 +88,16 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = (), stop: Stop
     """
     t = config.topology
     topology = Topology(t.dp, t.pp, t.tp, rank)
-    worker = start(config, topology, stop)
+    worker = start(settle(config), topology, stop)
     if not config.guard.enabled:  # its last words are in the log
         logging.getLogger("spmd").handlers.clear()
-    vocab_size = worker.arch.vocab_size
-    parser = RowParser(tokenizer(), {}, config.sampling, worker.max_model_len, worker.capacity, vocab_size)
+    settings, vocab_size = worker.settings, worker.settings.arch.vocab_size
+    longest, capacity = settings.model.max_model_len, settings.capacity
+    parser = RowParser(tokenizer(), {}, config.sampling, longest, capacity, vocab_size)
+    assert settings.scheduler.num_blocks is not None
     assert config.input is not None
     reader = Reader(config.input, parser)
-    report = Report(worker.num_blocks, topology.is_leader)
+    report = Report(settings.scheduler.num_blocks, topology.is_leader)
     leader = Leader(tokenizer(), "tested", Metrics(), _keep(report)) if topology.is_leader else None
     worker.run(reader, leader, _watch(report, random.Random(rank), delays_ms[rank] if delays_ms else 0.0))
     report.stopped = worker.stop.stopped

@@ -35,7 +35,8 @@ def why_not(arch: Architecture, block_size: int, device: torch.device) -> str | 
     """What keeps this backend from running a model on a device; None if nothing does."""
     if device.type != "cuda":
         return f"it needs a GPU, the device is {device.type}"
-    if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
+    here = torch.cuda.is_available()  # else GPUs of another machine are planned for, which are taken to be capable
+    if here and (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
         return f"it needs compute capability {CAPABILITY}, the device has {capability}"
     if arch.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 or float16, the model is {arch.dtype}"
@@ -43,7 +44,7 @@ def why_not(arch: Architecture, block_size: int, device: torch.device) -> str | 
         return f"it takes heads of {HEAD_DIMS} dimensions, the model's have {arch.head_dim}"
     if block_size not in BLOCK_SIZES:
         return f"it takes blocks of {BLOCK_SIZES} tokens, scheduler.block_size is {block_size}"
-    if not find_spec("flashinfer"):
+    if here and not find_spec("flashinfer"):
         return "flashinfer is not installed: pip install 'spmd[cuda]'"
     return None
 
