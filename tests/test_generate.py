@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     for count in (200, 10_000):
         write_rows(tmp_path / f"{count}.jsonl", sums(count, max_tokens=1))
         overrides = (*DEMO, f"input={count}.jsonl", f"output={count}.out", f"run_dir=run-{count}", *GREEDY)
-        children.append(start([sys.executable, str(ROOT / "tests" / "peak.py"), *overrides], tmp_path))
+        children.append(start([sys.executable, str(ROOT / "tests" / "support" / "peak.py"), *overrides], tmp_path))
     peaks = []
     for child in children:
         printed, told = child.communicate(timeout=120)
