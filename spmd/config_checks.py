@@ -50,10 +50,11 @@ def _check_each(config: Config) -> None:
 
 def _check_processes(config: Config, world_size: int) -> None:
     t, s = config.topology, config.scheduler
-    if t.dp * t.pp * t.tp != world_size:
+    needed = t.dp * t.pp * t.tp
+    if needed != world_size:
         raise ValueError(
-            f"topology.dp={t.dp} x topology.pp={t.pp} x topology.tp={t.tp} needs {t.dp * t.pp * t.tp} processes, "
-            f"torchrun started {world_size}; start {t.dp * t.pp * t.tp} (launch/local.sh counts them for you) "
+            f"topology.dp={t.dp} x topology.pp={t.pp} x topology.tp={t.tp} needs {needed} processes, "
+            f"torchrun started {world_size}; start {needed} (--nproc-per-node {needed} on one machine) "
             f"or change the topology"
         )
     if s.max_num_seqs < t.pp:

@@ -120,5 +120,10 @@ def _show(progress: Progress, reader: Reader) -> Callable[[Engine], None]:
     return watch
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command `spmd-generate`."""
     main(generate)
+
+
+if __name__ == "__main__":
+    cli()

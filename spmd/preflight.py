@@ -5,7 +5,6 @@ python -m spmd.preflight topology=pp4 model.path=DIR input=in.jsonl output=out.j
 What isn't given isn't checked. It ends at the first thing that would end the run, with the same message.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from spmd.journal.paths import Paths, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
-from spmd.runtime.compose import CONF, USAGE, compose, tell
+from spmd.runtime.compose import USAGE, compose, tell
 from spmd.settings import Settings, read_model, resolve
 from spmd.stage.memory import (
     CUDA_BYTES,
@@ -42,7 +41,6 @@ SHOWN = 3  # bad rows that are told one by one
 
 def main() -> None:
     """Print what is well; the first thing that isn't becomes one line, and exit status 2."""
-    os.environ.setdefault("SPMD_HOME", str(CONF.parent))  # where model=demo lies
     try:
         for name, (first, *more) in preflight(compose()):
             print(f"ok  {name:<11} {first}", *more, sep=f"\n{'':16}", flush=True)

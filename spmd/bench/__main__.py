@@ -58,5 +58,10 @@ def _run(worker: Worker, workload: WorkloadConfig, watch: Watch | None = None) -
     return worker.run(source, leader, watch)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command `spmd-bench`."""
     main(bench)
+
+
+if __name__ == "__main__":
+    cli()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import time
 from dataclasses import FrozenInstanceError
@@ -13,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from spmd.config import Config
 
-CONF = Path(__file__).parents[2] / "conf"
+HOME = Path(__file__).parents[2]  # of a checkout, or the folder that a wheel was installed into
+CONF = next(folder for folder in (HOME / "spmd" / "conf", HOME / "conf") if folder.is_dir())
 USAGE = 2  # exit status of an error the user can mend
 PATIENCE = 20.0  # seconds rank 0 gets to tell an error before another rank does
 GRAMMAR = "advanced/override_grammar"  # Hydra refers to it when it can't parse an override
@@ -40,6 +42,8 @@ def compose(quiet: bool = False) -> Config:
     def keep(cfg: DictConfig) -> None:
         composed.append(cfg)
 
+    os.environ.setdefault("SPMD_HOME", str(HOME))  # where model=demo lies
+    os.environ.setdefault("SPMD_CONF", str(CONF))  # where the shapes of benches lie
     register_schema()
     complaints = io.StringIO()
     with contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ from spmd.guard.guard import is_symptom
 from spmd.messages import first_line
 from spmd.parallel.groups import disconnect, join
 from spmd.runtime.agreement import ERROR, agree, facts
-from spmd.runtime.compose import CONF, USAGE, compose, tell
+from spmd.runtime.compose import USAGE, compose, tell
 from spmd.runtime.slurm import adopt_slurm
 from spmd.signals import STOPPED, Stop, listening, report
 from spmd.topology import Topology
@@ -39,7 +39,6 @@ def main(work: Callable[[Config, Topology, Stop], None]) -> None:
         tell(error, int(os.environ.get("SLURM_PROCID", "0")))
         sys.exit(USAGE)
     rank = int(os.environ.get("RANK", "0"))
-    os.environ.setdefault("SPMD_HOME", str(CONF.parent))  # where model=demo lies
     with listening(rank) as stop:
         status = _work(work, rank, stop)
         if rank == 0:

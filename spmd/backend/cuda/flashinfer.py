@@ -6,6 +6,7 @@ that the host plans for (which thread block reads which part of the cache); Flas
 chip has it.
 """
 
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
@@ -45,7 +46,7 @@ def why_not(arch: Architecture, block_size: int, device: torch.device) -> str | 
     if block_size not in BLOCK_SIZES:
         return f"it takes blocks of {BLOCK_SIZES} tokens, scheduler.block_size is {block_size}"
     if here and not find_spec("flashinfer"):
-        return "flashinfer is not installed: pip install 'spmd[cuda]'"
+        return f"flashinfer is not installed: {sys.executable} -m pip install flashinfer-python"
     return None
 
 
