@@ -2,6 +2,7 @@
 over tensor ranks.
 """
 
+from collections.abc import Iterator
 from statistics import mean
 
 from spmd.model.architecture import Architecture
@@ -11,13 +12,36 @@ CONTEXT = 1024  # tokens a row is taken to have where layers are weighed against
 
 def layer_params(arch: Architecture, layer: int, experts: float | None = None) -> float:
     """Parameters of one layer; of a sparse one with `experts` of its experts (None: all)."""
+    return _others(arch, layer) + sum(count * out * size for count, out, size in _linears(arch, layer, experts))
+
+
+def layer_bytes(arch: Architecture, layer: int, experts: float | None = None) -> float:
+    """Bytes of the same, which a decode tick reads; those of linears depend on the format of the weights."""
+    linears = (count * _nbytes(arch, out, size) for count, out, size in _linears(arch, layer, experts))
+    return _others(arch, layer) * arch.dtype.itemsize + sum(linears)
+
+
+def _nbytes(arch: Architecture, out: int, size: int) -> int:
+    return arch.weight_format.nbytes(arch.dtype, out, size)
+
+
+def _linears(arch: Architecture, layer: int, experts: float | None) -> Iterator[tuple[float, int, int]]:
+    """How many a layer has of each linear, and its outputs and inputs."""
     hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    count = 2 * hidden * (q + kv) + 2 * hidden  # q, k, v, o; the norms before attention and MLP
-    count += arch.qkv_bias * (q + 2 * kv) + arch.o_bias * hidden + arch.qk_norm * 2 * arch.head_dim
-    if not arch.sparse[layer]:
-        return count + 3 * hidden * arch.intermediate_size + arch.mlp_bias * (2 * arch.intermediate_size + hidden)
-    experts = arch.num_experts if experts is None else experts
-    return count + hidden * arch.num_experts + experts * 3 * hidden * arch.moe_intermediate_size
+    yield from ((1, q + 2 * kv, hidden), (1, hidden, q))
+    sparse = arch.layers[layer].mlp == "experts"
+    inner = arch.moe_intermediate_size if sparse else arch.intermediate_size
+    count = 1 if not sparse else arch.num_experts if experts is None else experts
+    yield from ((count, 2 * inner, hidden), (count, hidden, inner))
+
+
+def _others(arch: Architecture, layer: int) -> int:
+    """Parameters in no linear's weight: the norms before attention and MLP, norms of heads, biases, the router's."""
+    hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    count = 2 * hidden + arch.qkv_bias * (q + 2 * kv) + arch.o_bias * hidden + arch.qk_norm * 2 * arch.head_dim
+    if arch.layers[layer].mlp == "experts":
+        return count + hidden * arch.num_experts
+    return count + arch.mlp_bias * (2 * arch.intermediate_size + hidden)
 
 
 def head_params(arch: Architecture) -> int:
@@ -32,9 +56,14 @@ def touched_experts(arch: Architecture, rows: float) -> float:
     return arch.num_experts * (1 - (1 - arch.experts_per_token / arch.num_experts) ** rows)
 
 
-def kv_bytes(arch: Architecture) -> int:
-    """Bytes of one token's keys and values in one layer."""
-    return 2 * arch.num_kv_heads * arch.head_dim * arch.dtype.itemsize
+def head_bytes(arch: Architecture) -> int:
+    """Bytes of the same."""
+    return head_params(arch) * arch.dtype.itemsize
+
+
+def kv_bytes(arch: Architecture, layer: int) -> int:
+    """Bytes that one token leaves behind in a layer."""
+    return arch.cache_spec(layer).token_bytes
 
 
 def seen(window: int | None, tokens: int) -> int:
@@ -51,6 +80,7 @@ def head_cost(arch: Architecture, rows: int) -> float:
     against the layer's weights (of a sparse one, the experts that so many rows touch) plus CONTEXT tokens a row.
     """
     experts = touched_experts(arch, rows)
-    params = mean(layer_params(arch, layer, experts) for layer in range(arch.num_layers))
-    context = mean(CONTEXT if window is None else min(CONTEXT, window) for window in arch.windows)
-    return head_params(arch) * arch.dtype.itemsize / (params * arch.dtype.itemsize + rows * context * kv_bytes(arch))
+    weights = mean(layer_bytes(arch, layer, experts) for layer in range(arch.num_layers))
+    context = (CONTEXT if window is None else min(CONTEXT, window) for window in arch.windows)
+    cached = mean(tokens * kv_bytes(arch, layer) for layer, tokens in enumerate(context))
+    return head_bytes(arch) / (weights + rows * cached)

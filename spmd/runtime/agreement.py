@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from spmd.config import Config
 from spmd.messages import listed
-from spmd.model.weights import computed_in
+from spmd.model.linear import computed_in
 
 ERROR = "error"  # a fact under this name is no fact but why its rank has none
 ABSENT = "absent"

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from spmd.backend.kv_cache import KVCache
 from spmd.config import Config
 from spmd.defaults import block_size
 from spmd.integers import ceil_div
 from spmd.messages import readable
 from spmd.model.architecture import Architecture, check_topology
+from spmd.model.cache_spec import block_bytes
 from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
@@ -72,7 +72,7 @@ def needs(config: Config, arch: Architecture, kind: str) -> list[Needs]:
         first, last = stage == 0, stage == t.pp - 1
         decoder = Decoder(arch, layers, first, last, TensorParallel(0, t.tp), ep, "meta")
         weights = sum(parameter.nbytes for parameter in decoder.parameters()) + exchanged_bytes(config, arch, kind)
-        block = KVCache.bytes_per_block(arch, len(layers), t.tp, tokens)
+        block = block_bytes((arch.cache_spec(layer, t.tp) for layer in layers), tokens)
         found.append(Needs(stage, layers, weights, block, activation_bytes(config, arch, kind, longest, last)))
     return found
 

@@ -1,1 +1,4 @@
-"""GPUs: FlashInfer's attention, and kernels of ours."""
+"""Kernels for NVIDIA GPUs: FlashInfer's and ours.
+
+Only `limits` can be imported without Triton and FlashInfer; `decode_gemm` needs neither but NVIDIA's own libraries.
+"""
