@@ -26,4 +26,5 @@ class Attention(nn.Module):
         """`[T, hidden]` both; `layer` counts the stage's own layers from 0."""
         norms = (self.q_norm.weight, self.k_norm.weight) if self.q_norm and self.k_norm else None
         queries = backend.append(layer, self.qkv_proj(x, backend), norms, self.eps)
-        return self.o_proj(backend.attend(layer, queries, self.window), backend)
+        attended: Tensor = self.o_proj(backend.attend(layer, queries, self.window), backend)
+        return attended

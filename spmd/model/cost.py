@@ -53,7 +53,8 @@ def touched_experts(arch: Architecture, rows: float) -> float:
     """Experts of a layer that `rows` tokens read, in the mean, if every expert is chosen as often as the others."""
     if not arch.num_experts:
         return 0.0
-    return arch.num_experts * (1 - (1 - arch.experts_per_token / arch.num_experts) ** rows)
+    untouched: float = (1 - arch.experts_per_token / arch.num_experts) ** rows
+    return arch.num_experts * (1 - untouched)
 
 
 def head_bytes(arch: Architecture) -> int:

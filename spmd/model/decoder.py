@@ -92,7 +92,8 @@ class Decoder(nn.Module):
             added = backend.collect(added, len(residual))[batch.sample_rows]
             residual = residual[batch.sample_rows]
         normed, _ = self.norm(added, residual, backend)
-        return self.lm_head(normed, backend)
+        logits: Tensor = self.lm_head(normed, backend)
+        return logits
 
     def pieces(self, stacked_experts: bool = False) -> dict[str, list[Piece]]:
         """What this rank reads from a checkpoint, by tensor name; tied embeddings go by the embedding's."""

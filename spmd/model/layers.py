@@ -150,4 +150,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor:
         """`[T, hidden]` both; `shared_rows` concerns layers with experts alone."""
-        return self.down_proj(self.gate_up_proj(x, backend), backend)
+        added: Tensor = self.down_proj(self.gate_up_proj(x, backend), backend)
+        return added

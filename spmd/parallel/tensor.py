@@ -59,4 +59,5 @@ class TensorParallel:
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self.group)
         values, tokens = torch.stack(everyone, dim=1)
-        return tokens.gather(0, values.argmax(0, keepdim=True))[0].long()
+        best: Tensor = tokens.gather(0, values.argmax(0, keepdim=True))[0]
+        return best.long()
