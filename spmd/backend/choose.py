@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from spmd.backend.cuda.decode_gemm import DecodeGemm, supported
 from spmd.backend.cuda.limits import capturable, runs_experts, why_not
 from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.backend import PlainBackend
@@ -52,21 +53,21 @@ def make_backend(
 
     Args:
         longest: tokens of the longest request.
-        decode_buckets: row counts that decode batches are padded to and graphs will be captured of; none without
-            graphs.
+        decode_buckets: row counts that graphs will be captured of, if the backend is capturable.
         decode_products: leave the products of decode batches to our own kernel, where it can do them.
     """
     arch, layers, tp = decoder.arch, decoder.range, decoder.tp.size
     if name == "torch":
         return PlainBackend(arch, layers, cache, tp, longest)
     from spmd.backend.cuda.backend import CudaBackend
-    from spmd.backend.cuda.decode_gemm import DecodeGemm, supported
+    from spmd.backend.cuda.flashinfer import FlashInferAttention
 
     buckets = decode_buckets if capturable(arch) else ()
-    gemm = None
-    if buckets and decode_products and arch.dtype == torch.bfloat16 and supported(cache.device):
-        gemm = DecodeGemm(_shapes(decoder), buckets, cache.device)
-    return CudaBackend(arch, layers, cache, tp, gemm, buckets, ceil_div(longest, cache.block_size))
+    by_gemm = buckets and decode_products and arch.dtype == torch.bfloat16 and supported(cache.device)
+    gemm = DecodeGemm(_shapes(decoder), buckets, cache.device) if by_gemm else None
+    windows, most_blocks = {arch.windows[layer] for layer in layers}, ceil_div(longest, cache.block_size)
+    attention = FlashInferAttention(cache, arch.num_heads // tp, windows, buckets, most_blocks)
+    return CudaBackend(arch, cache, attention, gemm)
 
 
 def _shapes(decoder: Decoder) -> list[tuple[int, int, bool]]:

@@ -22,7 +22,7 @@ from typing import Any
 from spmd.bench.rates import Rates
 from spmd.config import Config
 from spmd.model.architecture import Architecture
-from spmd.model.cost import head_bytes, head_params, kv_bytes, layer_bytes, layer_params, seen, touched_experts
+from spmd.model.cost import head_params, layer_bytes, layer_params, seen, touched_experts
 
 Rows = Sequence[tuple[int, int]]  # tokens of the prompt and of the output, row by row
 
@@ -87,20 +87,15 @@ def _turns(rows: Rows, seats: int) -> float:
 def _work(config: Config, arch: Architecture, stage: range, rows: Rows, turns: float) -> Work:
     pp, tp = config.topology.pp, config.topology.tp
     prompt, decoded = sum(tokens for tokens, _ in rows), sum(output - 1 for _, output in rows)
-    last = arch.num_layers - 1 in stage
-    head = head_params(arch) if last else 0
+    head = head_params(arch) if arch.num_layers - 1 in stage else 0
     sharing = config.topology.dp if config.topology.ep else 1  # replicas that share the experts of all their rows
     touched = touched_experts(arch, sharing * decoded / (turns * pp)) / sharing if turns else 0.0
-    read = sum(layer_bytes(arch, layer, touched) for layer in stage) + (head_bytes(arch) if last else 0)
+    read = sum(layer_bytes(arch, layer, touched) for layer in stage) + head * arch.dtype.itemsize
     used = sum(layer_params(arch, layer, arch.experts_per_token) for layer in stage)
     attention = 4 * arch.num_heads * arch.head_dim  # operations of one query with one key and value
-    windows = {layer: arch.windows[layer] for layer in stage}
-    pairs = sum(seen(window, tokens) for window in windows.values() for tokens, _ in rows)
-    cached = sum(
-        (seen(window, tokens + output - 1) - seen(window, tokens)) * kv_bytes(arch, layer)
-        for layer, window in windows.items()
-        for tokens, output in rows
-    )
+    layers = [(arch.windows[layer], arch.cache_spec(layer).token_bytes) for layer in stage]
+    pairs = sum(seen(window, tokens) for window, _ in layers for tokens, _ in rows)
+    cached = sum(kv * (seen(w, tokens + output - 1) - seen(w, tokens)) for w, kv in layers for tokens, output in rows)
     return Work(
         weight_bytes=turns * pp * read / tp,
         cache_bytes=cached / tp,

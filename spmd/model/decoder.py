@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture, LayerSpec
 from spmd.model.attention import Attention
-from spmd.model.backend import Backend, PendingSums
+from spmd.model.backend import Backend, Sums
 from spmd.model.batch import Batch
 from spmd.model.layers import MLP, Embedding, Head, RMSNorm
 from spmd.model.moe import Experts, SparseMLP
@@ -31,8 +31,8 @@ class DecoderLayer(nn.Module):
         self.mlp = SparseMLP(arch, tp, ep) if spec.mlp == "experts" else MLP(arch, tp)
 
     def forward(
-        self, x: Tensor | PendingSums, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
-    ) -> tuple[Tensor | PendingSums, Tensor]:
+        self, x: Sums, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
+    ) -> tuple[Sums, Tensor]:
         """Both `[T, hidden]`: what the MLP adds, and what it is to be added to, so that the next norm can fuse it."""
         x, residual = self.input_layernorm(x, residual, backend)
         x, residual = self.post_attention_layernorm(self.self_attn(x, layer, backend), residual, backend)
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         backend.begin(batch)
         if self.embed_tokens is not None:
             x = self.embed_tokens(x, backend)
-        added: Tensor | PendingSums = x
+        added: Sums = x
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers.values()):
             added, residual = layer(added, residual, i, backend, batch.shared_rows)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend, PendingSums
+from spmd.model.backend import Backend, Sums
 from spmd.model.linear import Dense, Stored, WeightFormat
 from spmd.model.weights import Piece, Weights, empty, shard, whole
 from spmd.parallel.tensor import TensorParallel
@@ -19,7 +19,7 @@ class RMSNorm(Weights):
         self.eps = arch.rms_norm_eps
         self.weight = empty(arch.dtype, size)
 
-    def forward(self, x: Tensor | PendingSums, residual: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Sums, residual: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
         """Of `x + residual`, and that sum; see `Backend.add_norm`."""
         return backend.add_norm(x, residual, self.weight, self.eps)
 

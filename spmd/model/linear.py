@@ -1,16 +1,16 @@
 """The formats that a linear layer's weight comes in: tensors, their names in a checkpoint, bytes, and the product.
 
 Weights are loaded as a `WeightFormat`, of which there is one so far, `Dense`; a model names its own in
-`Architecture.weight_format`. Another, such as 8-bit blocks with scales, is one more class here: layers, the loader and
-the estimates of memory and cost ask the format for all that differs. On CPUs `Dense.packed` turns loaded weights into
-what a library multiplies with faster, `OneDNN` or `FBGEMM`.
+`Architecture.weight_format`. Another, such as 8-bit blocks with scales, is one more class: layers, the loader and the
+estimates of memory and cost ask the format for all that differs. On CPUs `Dense.packed` turns loaded weights into what
+a library multiplies with faster, `OneDNN` or `FBGEMM`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,17 @@ FBGEMM_ENGINES = ("x86", "fbgemm")  # PyTorch's quantized engines that have it
 TINY = 2.0**-25  # half of float16's smallest number
 
 
-class LinearWeight(Protocol):
+class Weight(Protocol):
     """A weight `[out, in]` that can be multiplied with."""
 
     def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """`x` `[T, in]` times the weight transposed, plus `bias`: `[T, out]`, written to `out` if that is given."""
 
 
-class LinearWeights(Protocol):
+class WeightStack(Protocol):
     """Several of one shape, `[n, out, in]`."""
 
-    def __getitem__(self, index: int, /) -> LinearWeight: ...
+    def __getitem__(self, index: int, /) -> Weight: ...
 
 
 class Stored(NamedTuple):
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
 
 class WeightFormat(nn.Module, ABC):
-    """A `LinearWeight`, or a stack of `LinearWeights`, whose tensors are parameters that can be loaded."""
+    """A `Weight`, or a `WeightStack`, whose tensors are parameters that can be loaded."""
 
     @abstractmethod
     def __init__(self, dtype: torch.dtype, *shape: int) -> None:
@@ -50,12 +50,10 @@ class WeightFormat(nn.Module, ABC):
         super().__init__()
 
     @abstractmethod
-    def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """See `LinearWeight`."""
+    def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
 
     @abstractmethod
-    def __getitem__(self, index: int, /) -> LinearWeight:
-        """One weight of a stack, which must not be moved to another device after this."""
+    def __getitem__(self, index: int, /) -> Weight: ...
 
     @abstractmethod
     def stored(self) -> Iterator[Stored]:
@@ -64,9 +62,9 @@ class WeightFormat(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def nbytes(dtype: torch.dtype, *shape: int) -> int:
-        """Bytes that a weight of this shape takes, which are read to multiply with it."""
+        """Bytes that a weight of this shape takes, and that multiplying with it reads."""
 
-    def packed(self, rows: int) -> LinearWeight | LinearWeights:
+    def packed(self, rows: int) -> Weight | WeightStack:
         """The same in another order for products with about `rows` rows, where that is faster. No loading after it."""
         return self
 
@@ -77,13 +75,14 @@ class Dense(WeightFormat):
     def __init__(self, dtype: torch.dtype, *shape: int) -> None:
         super().__init__(dtype, *shape)
         self.values = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        self._matrices: Sequence[Matrix] = ()
+        self._matrices: tuple[Matrix, ...] = ()
 
     def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        return _dense(x, self.values, bias, out)
+        return Matrix(self.values).linear(x, bias, out)
 
-    def __getitem__(self, index: int, /) -> LinearWeight:
-        self._matrices = self._matrices or [Matrix(values) for values in self.values.detach()]
+    def __getitem__(self, index: int, /) -> Weight:
+        """Made once: a stack must not be moved to another device after this."""
+        self._matrices = self._matrices or tuple(map(Matrix, self.values.detach()))
         return self._matrices[index]
 
     def stored(self) -> Iterator[Stored]:
@@ -93,7 +92,7 @@ class Dense(WeightFormat):
     def nbytes(dtype: torch.dtype, *shape: int) -> int:
         return prod(shape) * dtype.itemsize
 
-    def packed(self, rows: int) -> LinearWeight | LinearWeights:
+    def packed(self, rows: int) -> Weight | WeightStack:
         """In a library's own order, on CPUs; elsewhere as it is.
 
         float32 weights that float16 holds go to FBGEMM, which reads half the bytes and multiplies in float32; others to
@@ -109,12 +108,15 @@ class Dense(WeightFormat):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A dense weight out of a stack."""
+    """A dense weight, perhaps out of a stack."""
 
     values: Tensor
 
     def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        return _dense(x, self.values, bias, out)
+        if out is None:
+            return F.linear(x, self.values, bias)
+        assert bias is None, "every rank would add it to its part of a sum"
+        return torch.mm(x, self.values.t(), out=out)
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ class OneDNN:
     reordered: Tensor
 
     def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise(x, self.reordered, bias, "none", [], "")
-        return cast(Tensor, product) if out is None else out.copy_(product)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.reordered, bias, "none", [], "")
+        return product if out is None else out.copy_(product)
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,7 @@ class FBGEMM:
         return product if out is None else out.copy_(product)
 
 
-def _dense(x: Tensor, values: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    if out is None:
-        return F.linear(x, values, bias)
-    assert bias is None, "a bias would be added on every rank whose partial sums go to `out`"
-    return torch.mm(x, values.t(), out=out)
-
-
-def _packed(matrix: Tensor, rows: int) -> LinearWeight:
+def _packed(matrix: Tensor, rows: int) -> Weight:
     ops: Any = torch.ops
     if matrix.dtype == torch.float32 and torch.backends.quantized.engine in FBGEMM_ENGINES and _fits_half(matrix):
         return FBGEMM(ops.quantized.linear_prepack_fp16(matrix, None))
@@ -170,13 +165,8 @@ def computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
 
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN has products in `dtype` for this CPU."""
-    ops: Any = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+    ops, mkldnn = torch.ops.mkldnn, torch.backends.mkldnn
+    if not mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
         return False
-    return bool(
-        {
-            torch.float32: lambda: True,
-            torch.bfloat16: ops._is_mkldnn_bf16_supported,
-            torch.float16: ops._is_mkldnn_fp16_supported,
-        }[dtype]()
-    )
+    known = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+    return dtype == torch.float32 or bool(known[dtype]())

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend, PendingSums, Routing
+from spmd.model.backend import Backend, ExpertLayer, Sums
 from spmd.model.linear import Dense, WeightFormat
 from spmd.model.weights import Piece, Weights, shard, whole
 from spmd.parallel.experts import ExpertParallel
@@ -24,7 +24,6 @@ class Router(Weights):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.routing = Routing(arch.num_experts, arch.experts_per_token, arch.norm_topk_prob)
         self.weight = Dense(arch.dtype, arch.num_experts, arch.hidden_size)
 
     def forward(self, x: Tensor, backend: Backend) -> Tensor:
@@ -83,15 +82,16 @@ class SparseMLP(nn.Module):
 
     def __init__(self, arch: Architecture, tp: TensorParallel, ep: ExpertParallel) -> None:
         super().__init__()
+        self.choice = arch.num_experts, arch.experts_per_token, arch.norm_topk_prob
         self.tp = tp
         self.ep = ep
         self.gate = Router(arch)
         self.experts = Experts(arch, tp, ep)
 
-    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Tensor | PendingSums:
+    def forward(self, x: Tensor, backend: Backend, shared_rows: int | None = None) -> Sums:
         """`[T, hidden]` both; where replicas share the experts, each of them must give the same `shared_rows` >= T."""
         rows = len(x) if self.ep.group is None else shared_rows
         assert rows is not None, "replicas that share experts must agree on their rows"
-        weights = self.experts.gate_up_proj, self.experts.down_proj
-        sums = backend.experts(x, self.gate(x, backend), self.gate.routing, *weights, self.ep, rows)
+        layer = ExpertLayer(*self.choice, self.experts.gate_up_proj, self.experts.down_proj, self.ep)
+        sums = backend.experts(x, self.gate(x, backend), layer, rows)
         return sums if self.tp.size == 1 else self.tp.all_reduce(backend.collect(sums, len(x)))

@@ -1,4 +1,1 @@
-"""Kernels for NVIDIA GPUs: FlashInfer's and ours.
-
-Only `limits` can be imported without Triton and FlashInfer; `decode_gemm` needs neither but NVIDIA's own libraries.
-"""
+"""NVIDIA GPUs: FlashInfer's kernels and ours. Without Triton only `limits` and `decode_gemm` can be imported."""

@@ -1,7 +1,5 @@
 """The backend for NVIDIA GPUs: attention by FlashInfer, products by cuBLAS or ours, and our kernels between them."""
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,41 +11,25 @@ from spmd.backend.cuda.limits import capturable, runs_experts
 from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.experts import PlainExperts
 from spmd.model.architecture import Architecture
-from spmd.model.backend import PendingSums, Routing
+from spmd.model.backend import Sums
 from spmd.model.batch import Batch
-from spmd.model.linear import Dense, LinearWeight, LinearWeights
+from spmd.model.linear import Dense, Weight
 from spmd.model.rope import Rotary
-from spmd.parallel.experts import ExpertParallel
 
 
 class CudaBackend:
     """See `spmd.model.backend.Backend`."""
 
     def __init__(
-        self,
-        arch: Architecture,
-        layers: Sequence[int],
-        cache: KVCache,
-        tp: int = 1,
-        decode_gemm: DecodeGemm | None = None,
-        decode_buckets: Sequence[int] = (),
-        most_blocks: int = 0,
+        self, arch: Architecture, cache: KVCache, attention: FlashInferAttention, decode_gemm: DecodeGemm | None
     ) -> None:
-        """
-        Args:
-            layers: the stage's.
-            tp: number of tensor-parallel ranks.
-            decode_gemm: does the products of decode batches, where it can.
-            decode_buckets: row counts that many decode batches have.
-            most_blocks: those of the longest request.
-        """
+        """`decode_gemm` does the products of decode batches, where it can."""
         self.cache = cache
+        self.attention = attention
         self.decode_gemm = decode_gemm
         self.rotary = Rotary(arch.rope, arch.head_dim, cache.device)
-        windows = {arch.windows[layer] for layer in layers}
-        self.attention = FlashInferAttention(cache, arch.num_heads // tp, windows, decode_buckets, most_blocks)
         self.capturable = capturable(arch)
-        self.run_experts = experts if runs_experts(arch) else PlainExperts(self.gated_linear)
+        self.experts = experts if runs_experts(arch) else PlainExperts(self.gated_linear)
 
     def prepare(self, batch: Batch) -> None:
         self.attention.prepare(batch)
@@ -61,23 +43,21 @@ class CudaBackend:
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(ids, weight)
 
-    def linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         product = self._decode_product(x, weight, bias, gated=False) if out is None else None
         return weight.linear(x, bias, out) if product is None else product
 
-    def gated_linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         product = self._decode_product(x, weight, bias, gated=True)
         return layer_kernels.gated(weight.linear(x, bias)) if product is None else product
 
-    def _decode_product(self, x: Tensor, weight: LinearWeight, bias: Tensor | None, gated: bool) -> Tensor | None:
+    def _decode_product(self, x: Tensor, weight: Weight, bias: Tensor | None, gated: bool) -> Tensor | None:
         """By our own kernel, if that can do it."""
         if self.decode_gemm is None or bias is not None or self.batch.prefills or not isinstance(weight, Dense):
             return None
         return self.decode_gemm(x, weight.values, gated)
 
-    def add_norm(
-        self, x: Tensor | PendingSums, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Sums, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if isinstance(x, Tensor):
             return layer_kernels.add_norm(x, residual, weight, eps)
         assert isinstance(x, exchange_kernels.WordSums) and residual is not None
@@ -90,19 +70,7 @@ class CudaBackend:
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
         return self.attention(layer, queries, window)
 
-    def experts(
-        self,
-        x: Tensor,
-        logits: Tensor,
-        routing: Routing,
-        gate_up: LinearWeights,
-        down: LinearWeights,
-        ep: ExpertParallel,
-        rows: int,
-    ) -> Tensor | PendingSums:
-        return self.run_experts(x, logits, routing, gate_up, down, ep, rows)
-
-    def collect(self, sums: Tensor | PendingSums, rows: int) -> Tensor:
+    def collect(self, sums: Sums, rows: int) -> Tensor:
         if isinstance(sums, Tensor):
             return sums
         assert isinstance(sums, exchange_kernels.WordSums)

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from spmd.backend.cuda.exchange_kernels import send
 from spmd.backend.cuda.layer_kernels import gated, launch, wait
-from spmd.model.backend import PendingSums, Routing
-from spmd.model.linear import Dense, LinearWeights
-from spmd.parallel.experts import ExpertParallel
+from spmd.model.backend import ExpertLayer, Sums
+from spmd.model.linear import Dense
 from spmd.parallel.peer_memory import MAX_DECODE_ROWS, PeerMemory
 
 # Of a decode product's block: rows of x (most experts' share of a decode batch; those with more take further turns),
@@ -36,19 +35,12 @@ BLOCK_COLUMNS = 2048  # of a row copied or summed at once
 ROWS_PER_COUNT = 8  # of a chunk: counts in another GPU's memory come one after the other
 
 
-def experts(
-    x: Tensor,
-    logits: Tensor,
-    routing: Routing,
-    gate_up: LinearWeights,
-    down: LinearWeights,
-    ep: ExpertParallel,
-    rows: int,
-) -> Tensor | PendingSums:
+def experts(x: Tensor, logits: Tensor, layer: ExpertLayer, rows: int) -> Sums:
     """See `Backend.experts`. The host need not know how many tokens an expert gets."""
+    gate_up, down, ep, top_k = layer.gate_up, layer.down, layer.ep, layer.top_k
     assert isinstance(gate_up, Dense) and isinstance(down, Dense)
-    top_k, first, peers = routing.top_k, ep.owned(routing.num_experts).start, ep.peers_for(rows)
-    packed = choose(x, logits, rows, top_k, routing.normalize, peers)
+    first, peers = ep.owned(layer.num_experts).start, ep.peers_for(rows)
+    packed = choose(x, logits, rows, top_k, layer.normalize, peers)
     if peers:
         sums = mix(packed, top_k, first, gate_up.values, down.values, peers)
         return sums[: len(x)] if isinstance(sums, Tensor) else sums
@@ -82,9 +74,7 @@ def choose(
     return targets[rank]
 
 
-def mix(
-    packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerMemory | None = None
-) -> Tensor | PendingSums:
+def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerMemory | None = None) -> Sums:
     """This rank's share of the weighted sum of each token's experts, `[T, hidden]`.
 
     With peers, who must all call it, the sums of all shares, of this rank's tokens alone: `[T / ranks, hidden]`; few

@@ -6,7 +6,7 @@ that the host plans for (which thread block reads which part of the cache); Flas
 chip has it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -29,12 +29,7 @@ class FlashInferAttention:
     """How the rows of a batch attend to the cache, which holds their own keys and values already."""
 
     def __init__(
-        self,
-        cache: KVCache,
-        heads: int,
-        windows: Iterable[int | None],
-        decode_buckets: Sequence[int] = (),
-        most_blocks: int = 0,
+        self, cache: KVCache, heads: int, windows: set[int | None], decode_buckets: Sequence[int], most_blocks: int
     ) -> None:
         """
         Args:
@@ -48,7 +43,7 @@ class FlashInferAttention:
         self.decode_scratch = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.device)
         scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.device)
         self.prefill: dict[int | None, Any] = {
-            window: BatchPrefillWithPagedKVCacheWrapper(scratch, "HND") for window in set(windows)
+            window: BatchPrefillWithPagedKVCacheWrapper(scratch, "HND") for window in windows
         }
         self.planned = torch.cuda.Event()
         self.wide = {
@@ -69,14 +64,7 @@ class FlashInferAttention:
         blocks = torch.cat([batch.tables[span.seat, : self._blocks(span)] for span in spans])
         for window, wrapper in self.prefill.items():
             wrapper.plan(
-                starts,
-                ends,
-                blocks,
-                last_lens,
-                self.heads,
-                self.cache.kv_heads,
-                self.cache.head_dim,
-                size,
+                *(starts, ends, blocks, last_lens, self.heads, self.cache.kv_heads, self.cache.head_dim, size),
                 causal=True,
                 window_left=_left(window),
                 q_data_type=self.cache.dtype,

@@ -9,11 +9,10 @@ from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.attention import AttentionPlan
 from spmd.backend.plain.experts import PlainExperts
 from spmd.model.architecture import Architecture
-from spmd.model.backend import PendingSums, Routing
+from spmd.model.backend import Sums
 from spmd.model.batch import Batch
-from spmd.model.linear import LinearWeight, LinearWeights
+from spmd.model.linear import Weight
 from spmd.model.rope import Rotary, rotate
-from spmd.parallel.experts import ExpertParallel
 
 WIDEST_GRAPH = 2048  # tokens of a request; a graph reads as many for each row, however short it is
 
@@ -29,7 +28,7 @@ class PlainBackend:
         self.heads = [arch.num_heads // tp, cache.kv_heads, cache.kv_heads]
         self.windows = {arch.windows[layer] for layer in layers}
         self.rotary = Rotary(arch.rope, arch.head_dim, cache.device)
-        self.by_turns = PlainExperts(self.gated_linear)
+        self.experts = PlainExperts(self.gated_linear)
         self.capturable = not arch.num_experts and longest <= WIDEST_GRAPH
 
     def prepare(self, batch: Batch) -> None:
@@ -42,16 +41,14 @@ class PlainBackend:
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(ids, weight)
 
-    def linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         return weight.linear(x, bias, out)
 
-    def gated_linear(self, x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
+    def gated_linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         gate, up = weight.linear(x, bias).chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def add_norm(
-        self, x: Tensor | PendingSums, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Sums, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         assert isinstance(x, Tensor)
         total = x if residual is None else x + residual
         return F.rms_norm(total, weight.shape, weight, eps), total
@@ -67,18 +64,6 @@ class PlainBackend:
     def attend(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
         return self.plan.attend(layer, window, queries)
 
-    def experts(
-        self,
-        x: Tensor,
-        logits: Tensor,
-        routing: Routing,
-        gate_up: LinearWeights,
-        down: LinearWeights,
-        ep: ExpertParallel,
-        rows: int,
-    ) -> Tensor:
-        return self.by_turns(x, logits, routing, gate_up, down, ep, rows)
-
-    def collect(self, sums: Tensor | PendingSums, rows: int) -> Tensor:
+    def collect(self, sums: Sums, rows: int) -> Tensor:
         assert isinstance(sums, Tensor)
         return sums

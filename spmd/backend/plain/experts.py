@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spmd.model.backend import Routing
-from spmd.model.linear import LinearWeight, LinearWeights
-from spmd.parallel.experts import ExpertParallel
+from spmd.model.backend import ExpertLayer
+from spmd.model.linear import Weight
 
 PADDING = -1  # the expert of rows that are padding
 
@@ -39,10 +38,10 @@ def _integers(x: Tensor) -> torch.dtype:
     return torch.int16 if x.element_size() == 2 else torch.int32
 
 
-def route(x: Tensor, logits: Tensor, routing: Routing) -> Routed:
+def route(x: Tensor, logits: Tensor, layer: ExpertLayer) -> Routed:
     """Tokens `[T, hidden]` to the experts that their logits `[T, experts]` choose."""
-    weights, experts = logits.softmax(dim=-1, dtype=torch.float32).topk(routing.top_k, dim=-1)
-    if routing.normalize:
+    weights, experts = logits.softmax(dim=-1, dtype=torch.float32).topk(layer.top_k, dim=-1)
+    if layer.normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return Routed(x, weights.to(x.dtype), experts)
 
@@ -50,40 +49,29 @@ def route(x: Tensor, logits: Tensor, routing: Routing) -> Routed:
 class PlainExperts:
     """Only those that some token chose are run, each on its tokens at once."""
 
-    def __init__(self, gated_linear: Callable[[Tensor, LinearWeight], Tensor]) -> None:
+    def __init__(self, gated_linear: Callable[[Tensor, Weight], Tensor]) -> None:
         """`gated_linear`: the backend's."""
         self.gated_linear = gated_linear
 
-    def __call__(
-        self,
-        x: Tensor,
-        logits: Tensor,
-        routing: Routing,
-        gate_up: LinearWeights,
-        down: LinearWeights,
-        ep: ExpertParallel,
-        rows: int,
-    ) -> Tensor:
+    def __call__(self, x: Tensor, logits: Tensor, layer: ExpertLayer, rows: int) -> Tensor:
         """See `Backend.experts`."""
-        routed = route(x, logits, routing)
+        routed, ep = route(x, logits, layer), layer.ep
         if ep.group is not None:
-            routed = Routed.unpacked(ep.gather(routed.packed(), rows), routing.top_k)
-        return ep.scatter_sum(self.share(routed, routing.num_experts, gate_up, down, ep))[: len(x)]
+            routed = Routed.unpacked(ep.gather(routed.packed(), rows), layer.top_k)
+        return ep.scatter_sum(self.share(routed, layer))[: len(x)]
 
-    def share(
-        self, routed: Routed, num_experts: int, gate_up: LinearWeights, down: LinearWeights, ep: ExpertParallel
-    ) -> Tensor:
+    def share(self, routed: Routed, layer: ExpertLayer) -> Tensor:
         """This rank's share of the weighted sum of each token's experts, `[T, hidden]`."""
         x, weights, experts = routed
         tokens, top_k = experts.shape
-        owned = ep.owned(num_experts)
-        if len(owned) < num_experts:  # counted from the first own one; others', and padding's, come behind
-            experts = (experts - owned.start).remainder(num_experts + 1)
+        owned = layer.ep.owned(layer.num_experts)
+        if len(owned) < layer.num_experts:  # counted from the first own one; others', and padding's, come behind
+            experts = (experts - owned.start).remainder(layer.num_experts + 1)
         chosen, order = experts.flatten().sort(stable=True)
         counts = chosen.bincount(minlength=len(owned))[: len(owned)].tolist()
         outputs = x.new_zeros(len(order), x.shape[1])
         here = order[: sum(counts)]
         for expert, (places, part) in enumerate(zip(here.split(counts), x[here // top_k].split(counts), strict=True)):
             if len(part):
-                outputs[places] = down[expert].linear(self.gated_linear(part, gate_up[expert]))
+                outputs[places] = layer.down[expert].linear(self.gated_linear(part, layer.gate_up[expert]))
         return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(dim=1)
