@@ -78,7 +78,7 @@ class Dense(WeightFormat):
         self._matrices: tuple[Matrix, ...] = ()
 
     def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        return Matrix(self.values).linear(x, bias, out)
+        return _dense(x, self.values, bias, out)
 
     def __getitem__(self, index: int, /) -> Weight:
         """Made once: a stack must not be moved to another device after this."""
@@ -108,15 +108,12 @@ class Dense(WeightFormat):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A dense weight, perhaps out of a stack."""
+    """A dense weight out of a stack."""
 
     values: Tensor
 
     def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            return F.linear(x, self.values, bias)
-        assert bias is None, "every rank would add it to its part of a sum"
-        return torch.mm(x, self.values.t(), out=out)
+        return _dense(x, self.values, bias, out)
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,13 @@ class FBGEMM:
         product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.reordered)
         product = product if bias is None else product.add_(bias)
         return product if out is None else out.copy_(product)
+
+
+def _dense(x: Tensor, values: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return F.linear(x, values, bias)
+    assert bias is None, "every rank would add it to its part of a sum"
+    return torch.mm(x, values.t(), out=out)
 
 
 def _packed(matrix: Tensor, rows: int) -> Weight:

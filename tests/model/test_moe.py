@@ -15,6 +15,7 @@ from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.backend import PlainBackend
 from spmd.backend.plain.experts import Routed
 from spmd.model.architecture import Architecture, LayerSpec
+from spmd.model.backend import ExpertLayer
 from spmd.model.linear import Dense
 from spmd.model.moe import Experts
 from spmd.model.rope import RopeConfig
@@ -60,18 +61,14 @@ class Layer:
             weight.data.copy_(drawn[self.experts.owned.start : self.experts.owned.stop].to(torch.bfloat16))
 
     def __call__(self, work: SimpleNamespace) -> Tensor:
-        routed, gate_up, down = Routed(work.x, work.weights, work.chosen), *self.weights
+        routed = Routed(work.x, work.weights, work.chosen)
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
+        assert isinstance(gate_up, Dense) and isinstance(down, Dense)
         if not work.x.is_cuda:
-            return self.backend.by_turns.share(routed, NUM_EXPERTS, gate_up, down, self.ep)
+            return self.backend.experts.share(routed, ExpertLayer(NUM_EXPERTS, TOP_K, True, gate_up, down, self.ep))
         from spmd.backend.cuda.expert_kernels import mix
 
         return mix(routed.packed(), TOP_K, self.experts.owned.start, gate_up.values, down.values)
-
-    @property
-    def weights(self) -> tuple[Dense, Dense]:
-        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
-        assert isinstance(gate_up, Dense) and isinstance(down, Dense)
-        return gate_up, down
 
 
 def work(choice: str, tokens: int, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> SimpleNamespace:
