@@ -16,12 +16,12 @@ import torch
 
 from spmd.api.sampling_keys import default_sampling
 from spmd.api.tokenizer import load_generation_config
-from spmd.backend.choose import choose_backend, default_block_size
+from spmd.backend.choose import Name, choose_backend, default_block_size
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, keys, value_of
 from spmd.config_checks import decode_rows
 from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.cost import head_cost
-from spmd.model.weights import computed_in
+from spmd.model.linear import computed_in
 from spmd.topology import Topology, split_layers
 
 
@@ -33,7 +33,7 @@ class ModelSettings(ModelConfig):
     dtype: str  # that the device computes in
     max_model_len: int
     tokenizer: str
-    attention_backend: str  # flashinfer or torch
+    attention_backend: Name  # flashinfer or torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ def _split(config: Config, arch: Architecture) -> list[int]:
     ]
 
 
-def _scheduler(config: Config, kind: str, backend: str) -> SchedulerSettings:
+def _scheduler(config: Config, kind: str, backend: Name) -> SchedulerSettings:
     s, pp, rows, on_gpu = config.scheduler, config.topology.pp, decode_rows(config), kind == "cuda"
     buckets = s.decode_buckets
     if buckets is None:

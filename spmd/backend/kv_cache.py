@@ -5,36 +5,30 @@ head lie together, so that gathering a request's blocks yields `[kv_heads, token
 whole rows, ready for matrix products. Block 0 is the null block: padding writes there and nothing real reads it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from spmd.model.architecture import Architecture
+from spmd.model.cache_spec import CacheSpec
 
 
 class KVCache:
     """Keys and values, allocated once. Zeroed, since a masked NaN would still poison a product."""
 
     def __init__(
-        self,
-        arch: Architecture,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        tp: int = 1,
-        device: torch.device | str = "cpu",
+        self, specs: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str = "cpu"
     ) -> None:
+        """`specs` are those of the stage's layers, which must be alike."""
+        (spec,) = set(specs)
         self.block_size = block_size
-        self.kv_heads = arch.num_kv_heads // tp
-        shape = (num_layers, num_blocks, self.kv_heads, block_size, arch.head_dim)
-        self.keys = torch.zeros(shape, dtype=arch.dtype, device=device)
-        self.values = torch.zeros(shape, dtype=arch.dtype, device=device)
+        self.kv_heads, self.head_dim, self.dtype = spec.kv_heads, spec.head_dim, spec.dtype
+        self.device = torch.device(device)
+        shape = (len(specs), num_blocks, spec.kv_heads, block_size, spec.head_dim)
+        self.keys = torch.zeros(shape, dtype=spec.dtype, device=device)
+        self.values = torch.zeros(shape, dtype=spec.dtype, device=device)
         self.heads = torch.arange(self.kv_heads, device=device)
         self.buffers = [self.keys.new_empty(0, 0), self.keys.new_empty(0, 0)]
-
-    @staticmethod
-    def bytes_per_block(arch: Architecture, num_layers: int, tp: int, block_size: int) -> int:
-        """Bytes that one block takes on a rank that owns `num_layers` layers."""
-        return 2 * num_layers * block_size * (arch.num_kv_heads // tp) * arch.head_dim * arch.dtype.itemsize
 
     def write_index(self, slots: Tensor) -> Tensor:
         """Where `write` puts tokens, one row of `head_dim` a token and head: int64 `[T * kv_heads]` of slots `[T]`."""
@@ -47,20 +41,18 @@ class KVCache:
 
     def write(self, layer: int, index: Tensor, k: Tensor, v: Tensor) -> None:
         """Store `k` and `v` `[T, kv_heads, head_dim]`; `layer` counts the stage's own layers from 0."""
-        head_dim = k.shape[-1]
-        self.keys[layer].view(-1, head_dim).index_copy_(0, index, k.reshape(-1, head_dim))
-        self.values[layer].view(-1, head_dim).index_copy_(0, index, v.reshape(-1, head_dim))
+        for cache, new in ((self.keys, k), (self.values, v)):
+            cache[layer].view(-1, self.head_dim).index_copy_(0, index, new.reshape(-1, self.head_dim))
 
     def read(self, layer: int, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[rows * kv_heads, width * block_size, head_dim]` of `rows` tables, until the next read.
 
         They stand in buffers that are kept: fresh memory would cost more in page faults than the copy itself.
         """
-        head_dim = self.keys.shape[-1]
-        width = self.block_size * head_dim
+        width = self.block_size * self.head_dim
         if len(index) > len(self.buffers[0]):
             self.buffers = [self.keys.new_empty(len(index) * 5 // 4, width) for _ in range(2)]
         for source, buffer in zip((self.keys[layer], self.values[layer]), self.buffers, strict=True):
             torch.index_select(source.view(-1, width), 0, index, out=buffer[: len(index)])
-        keys, values = (buffer[: len(index)].view(rows * self.kv_heads, -1, head_dim) for buffer in self.buffers)
+        keys, values = (buffer[: len(index)].view(rows * self.kv_heads, -1, self.head_dim) for buffer in self.buffers)
         return keys, values

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmd.bench.rates import Rates
-from spmd.model.cost import head_params, kv_bytes, layer_params, seen, touched_experts
+from spmd.model.cost import head_params, layer_bytes, layer_params, seen, touched_experts
 from spmd.settings import Settings
 
 Rows = Sequence[tuple[int, int]]  # tokens of the prompt and of the output, row by row
@@ -91,15 +91,15 @@ def _work(settings: Settings, stage: range, rows: Rows, turns: float) -> Work:
     head = head_params(arch) if arch.num_layers - 1 in stage else 0
     sharing = settings.topology.dp if settings.topology.ep else 1  # replicas that share the experts of all their rows
     touched = touched_experts(arch, sharing * decoded / (turns * pp)) / sharing if turns else 0.0
-    read = sum(layer_params(arch, layer, touched) for layer in stage) + head
+    read = sum(layer_bytes(arch, layer, touched) for layer in stage) + head * arch.dtype.itemsize
     used = sum(layer_params(arch, layer, arch.experts_per_token) for layer in stage)
     attention = 4 * arch.num_heads * arch.head_dim  # operations of one query with one key and value
-    windows = [arch.windows[layer] for layer in stage]
-    pairs = sum(seen(window, tokens) for window in windows for tokens, _ in rows)
-    context = sum(seen(w, tokens + output - 1) - seen(w, tokens) for w in windows for tokens, output in rows)
+    layers = [(arch.windows[layer], arch.cache_spec(layer).token_bytes) for layer in stage]
+    pairs = sum(seen(window, tokens) for window, _ in layers for tokens, _ in rows)
+    cached = sum(kv * (seen(w, tokens + output - 1) - seen(w, tokens)) for w, kv in layers for tokens, output in rows)
     return Work(
-        weight_bytes=turns * pp * read * arch.dtype.itemsize / tp,
-        cache_bytes=context * kv_bytes(arch) / tp,
+        weight_bytes=turns * pp * read / tp,
+        cache_bytes=cached / tp,
         decode_flops=2 * decoded * (used + head) / tp,
         prefill_flops=(2 * (prompt * used + len(rows) * head) + attention * pairs) / tp,
     )

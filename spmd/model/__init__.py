@@ -1,1 +1,1 @@
-"""One stage of the network: decoder, attention, KV cache, checkpoint, inputs, sampler."""
+"""The mathematics of a model's stage, its shape and its checkpoint; `backend` is the port to whoever computes it."""

@@ -6,13 +6,15 @@ turned into one frozen `Architecture` that the rest of the package receives.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from spmd.integers import round_up
+from spmd.model.cache_spec import CacheSpec
+from spmd.model.linear import Dense, WeightFormat
 from spmd.model.rope import ROPE_TYPES, RopeConfig
 from spmd.topology import Topology, split_layers
 
@@ -41,6 +43,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
+class GroupedQuery:
+    """The kind of attention in which several query heads share a KV head: `spmd.model.attention.Attention`."""
+
+    window: int | None = None  # tokens a query sees, itself included; None: all
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What a layer consists of. Another kind of attention or MLP is another value here."""
+
+    attention: GroupedQuery = GroupedQuery()
+    mlp: Literal["dense", "experts"] = "dense"
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer. Sizes are the whole model's, before any split over ranks."""
 
@@ -49,7 +66,7 @@ class Architecture:
     dtype: torch.dtype  # that is computed in
     vocab_size: int
     hidden_size: int
-    num_layers: int
+    layers: tuple[LayerSpec, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -58,8 +75,6 @@ class Architecture:
     max_position_embeddings: int
     tie_word_embeddings: bool
     rope: RopeConfig
-    windows: tuple[int | None, ...]  # of each layer: tokens a query sees, itself included; None: all
-    sparse: tuple[bool, ...]  # of each layer: experts instead of one MLP
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -68,6 +83,25 @@ class Architecture:
     experts_per_token: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False  # expert weights of a token sum to 1
+    weight_format: type[WeightFormat] = Dense  # of attention's, MLPs' and experts' linears
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer's attention."""
+        return tuple(layer.attention.window for layer in self.layers)
+
+    @property
+    def sparse(self) -> tuple[bool, ...]:
+        """Of each layer, whether it has experts in the place of one MLP."""
+        return tuple(layer.mlp == "experts" for layer in self.layers)
+
+    def cache_spec(self, layer: int, tp: int = 1) -> CacheSpec:
+        """What a token leaves behind in one layer, on one of `tp` ranks. So far all layers are alike."""
+        return CacheSpec(self.num_kv_heads // tp, self.head_dim, self.dtype)
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of embedding and head, zero rows at the end included, so that tp divides them."""
@@ -100,7 +134,7 @@ def read_architecture(
         dtype=stored if dtype == "auto" else DTYPES[dtype],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
+        layers=_layers(family, config, experts),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -109,8 +143,6 @@ def read_architecture(
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
         rope=_rope(path, config),
-        windows=_windows(family, config),
-        sparse=tuple(_is_sparse(config, layer, experts) for layer in range(config.num_hidden_layers)),
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
         mlp_bias=getattr(config, "mlp_bias", False),
@@ -209,10 +241,16 @@ def _rope(path: str, config: PretrainedConfig) -> RopeConfig:
     return rope
 
 
-def _windows(family: Family, config: PretrainedConfig) -> tuple[int | None, ...]:
+def _layers(family: Family, config: PretrainedConfig, experts: int) -> tuple[LayerSpec, ...]:
     window = config.sliding_window if family.sliding_window else None
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    return tuple(
+        LayerSpec(
+            GroupedQuery(window if kind == "sliding_attention" else None),
+            "experts" if _is_sparse(config, layer, experts) else "dense",
+        )
+        for layer, kind in enumerate(types)
+    )
 
 
 def _experts(config: PretrainedConfig) -> int:

@@ -181,7 +181,8 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return json.loads(index.read_text())["weight_map"]
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return files
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} cannot be read: {error!r}") from error
 

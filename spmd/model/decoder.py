@@ -9,51 +9,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from spmd.model.architecture import Architecture
-from spmd.model.backend import Backend, landed
+from spmd.model.architecture import Architecture, LayerSpec
+from spmd.model.attention import Attention
+from spmd.model.backend import Backend, Sums
 from spmd.model.batch import Batch
-from spmd.model.layers import MLP, ColumnLinear, Embedding, Head, RowLinear
+from spmd.model.layers import MLP, Embedding, Head, RMSNorm
 from spmd.model.moe import Experts, SparseMLP
-from spmd.model.norm import RMSNorm
 from spmd.model.weights import Piece, Weights
 from spmd.parallel.experts import ExpertParallel
-from spmd.parallel.peer_memory import PendingSums
 from spmd.parallel.tensor import TensorParallel
-
-
-class Attention(nn.Module):
-    """Self-attention of one layer; what happens between q, k, v and the cache is the backend's."""
-
-    def __init__(self, arch: Architecture, tp: TensorParallel) -> None:
-        super().__init__()
-        q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        self.qkv_proj = ColumnLinear(arch.hidden_size, parts, arch.qkv_bias, arch.dtype, tp)
-        self.o_proj = RowLinear(q, arch.hidden_size, arch.o_bias, arch.dtype, tp)
-        self.q_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
-        self.k_norm = RMSNorm(arch.head_dim, arch) if arch.qk_norm else None
-
-    def forward(self, x: Tensor, layer: int, backend: Backend) -> Tensor:
-        attended = backend.attend(layer, self.qkv_proj(x, backend), self.q_norm, self.k_norm)
-        return self.o_proj(attended, backend)
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after its norm and added to the residual."""
 
-    def __init__(self, arch: Architecture, sparse: bool, tp: TensorParallel, ep: ExpertParallel) -> None:
+    def __init__(self, arch: Architecture, spec: LayerSpec, tp: TensorParallel, ep: ExpertParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(arch.hidden_size, arch)
-        self.self_attn = Attention(arch, tp)
+        self.self_attn = Attention(arch, spec.attention, tp)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch)
-        self.mlp = SparseMLP(arch, tp, ep) if sparse else MLP(arch, tp)
+        self.mlp = SparseMLP(arch, tp, ep) if spec.mlp == "experts" else MLP(arch, tp)
 
     def forward(
-        self, x: Tensor | PendingSums, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
-    ) -> tuple[Tensor | PendingSums, Tensor]:
+        self, x: Sums, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None
+    ) -> tuple[Sums, Tensor]:
         """Both `[T, hidden]`: what the MLP adds, and what it is to be added to, so that the next norm can fuse it."""
-        x, residual = backend.add_norm(x, residual, self.input_layernorm)
-        x, residual = backend.add_norm(self.self_attn(x, layer, backend), residual, self.post_attention_layernorm)
+        x, residual = self.input_layernorm(x, residual, backend)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, layer, backend), residual, backend)
         return self.mlp(x, backend, shared_rows), residual
 
 
@@ -79,7 +61,7 @@ class Decoder(nn.Module):
         self.range = range(arch.num_layers) if layers is None else layers
         with torch.device(device):
             self.embed_tokens = Embedding(arch, tp) if first else None
-            self.layers = nn.ModuleDict({str(i): DecoderLayer(arch, arch.sparse[i], tp, ep) for i in self.range})
+            self.layers = nn.ModuleDict({str(i): DecoderLayer(arch, arch.layers[i], tp, ep) for i in self.range})
             self.norm = RMSNorm(arch.hidden_size, arch) if last else None
             self.lm_head = Head(arch, tp) if last else None
         if self.embed_tokens is not None and self.lm_head is not None and arch.tie_word_embeddings:
@@ -98,18 +80,20 @@ class Decoder(nn.Module):
         """
         backend.begin(batch)
         if self.embed_tokens is not None:
-            x = self.embed_tokens(x)
-        added: Tensor | PendingSums = x
+            x = self.embed_tokens(x, backend)
+        added: Sums = x
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers.values()):
             added, residual = layer(added, residual, i, backend, batch.shared_rows)
         assert residual is not None
         if self.norm is None or self.lm_head is None:
-            return landed(added, len(residual)) + residual
+            return backend.collect(added, len(residual)) + residual
         if batch.sample_rows is not None:
-            added = landed(added, len(residual))[batch.sample_rows]
+            added = backend.collect(added, len(residual))[batch.sample_rows]
             residual = residual[batch.sample_rows]
-        return self.lm_head(backend.add_norm(added, residual, self.norm)[0])
+        normed, _ = self.norm(added, residual, backend)
+        logits: Tensor = self.lm_head(normed, backend)
+        return logits
 
     def pieces(self, stacked_experts: bool = False) -> dict[str, list[Piece]]:
         """What this rank reads from a checkpoint, by tensor name; tied embeddings go by the embedding's."""

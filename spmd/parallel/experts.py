@@ -21,8 +21,8 @@ class ExpertParallel:
     """This rank's place, `dp_rank * tp + tp_rank`, among the `size` = `dp * tp` ranks of its stage.
 
     `group` joins the ranks of equal tp_rank, one of each replica; None if there is one replica. Ranks that differ in
-    tp_rank see the same tokens and need no gathering. With `peers`, memory that these ranks share, kernels do what
-    `gather` and `scatter_sum` do.
+    tp_rank see the same tokens and need no gathering. With `peers`, memory of these ranks that each of them writes to,
+    a backend's kernels do what `gather` and `scatter_sum` do.
     """
 
     rank: int = 0
@@ -35,8 +35,8 @@ class ExpertParallel:
         count = num_experts // self.size
         return range(self.rank * count, (self.rank + 1) * count)
 
-    def room(self, rows: int) -> PeerMemory | None:
-        """The shared memory, if it takes `rows` rows of each replica."""
+    def peers_for(self, rows: int) -> PeerMemory | None:
+        """The ranks' memory, if there is any and it takes `rows` rows of each replica."""
         return self.peers if self.peers and rows * self.peers.size <= self.peers.capacity else None
 
     def gather(self, x: Tensor, rows: int) -> Tensor:

@@ -19,19 +19,19 @@ class TensorParallel:
     group: dist.ProcessGroup | None = None
     symmetric: SymmetricBuffer | None = None
 
-    def room(self, rows: int, columns: int) -> Tensor | None:
+    def sum_buffer(self, rows: int, columns: int) -> Tensor | None:
         """Where to write `[rows, columns]` that will be summed, if anywhere: it is then spared a copy."""
-        return self.symmetric.room(rows, columns) if self.symmetric else None
+        return self.symmetric.view(rows, columns) if self.symmetric else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum `x` over the ranks; in place, or in the room, where it lasts until the next call."""
+        """Sum `x` over the ranks; in place, or in the buffer, where it lasts until the next call."""
         if self.size == 1:
             return x
-        room = self.room(*x.shape)
-        if self.symmetric is None or room is None:
+        buffer = self.sum_buffer(*x.shape)
+        if self.symmetric is None or buffer is None:
             dist.all_reduce(x, group=self.group)
             return x
-        return self.symmetric.all_reduce(room if x.data_ptr() == room.data_ptr() else room.copy_(x))
+        return self.symmetric.all_reduce(buffer if x.data_ptr() == buffer.data_ptr() else buffer.copy_(x))
 
     def gather_vocab(self, logits: Tensor) -> Tensor | None:
         """Join slices `[S, vocab / size]` to `[S, vocab]` on tp rank 0; None on the others."""
@@ -59,4 +59,5 @@ class TensorParallel:
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self.group)
         values, tokens = torch.stack(everyone, dim=1)
-        return tokens.gather(0, values.argmax(0, keepdim=True))[0].long()
+        best: Tensor = tokens.gather(0, values.argmax(0, keepdim=True))[0]
+        return best.long()

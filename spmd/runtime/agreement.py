@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from spmd.config import Config
 from spmd.messages import listed
-from spmd.model.weights import computed_in
+from spmd.model.linear import computed_in
 from spmd.topology import Topology
 
 T = TypeVar("T")

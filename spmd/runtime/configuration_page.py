@@ -45,7 +45,8 @@ def _section(title: str, about: str | None, members: list[Field[Any]], prefix: s
 
 
 def _key(name: str, member: Field[Any]) -> Iterator[str]:
-    default = member.default if member.default is not MISSING else member.default_factory()  # type: ignore[misc]
+    factory = member.default_factory
+    default = member.default if factory is MISSING else factory()
     yield f"- **`{name}`** = `{_written(default)}`{_range(member)}"
     yield textwrap.fill(member.metadata["help"], WIDTH, initial_indent="  ", subsequent_indent="  ")
 

@@ -5,7 +5,7 @@ an allocator loses. On CPUs the peak of real forwards lies within it and above h
 it is the same sum for the kernels used there.
 """
 
-from spmd.backend.cuda.flashinfer import WORKSPACE_BYTES
+from spmd.backend.cuda.limits import WORKSPACE_BYTES
 from spmd.backend.plain.attention import QUERY_TILE
 from spmd.model.architecture import Architecture
 from spmd.settings import Settings

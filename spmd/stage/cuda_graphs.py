@@ -35,7 +35,8 @@ class Forward:
         if graph:
             return graph(x)
         self.backend.prepare(batch)
-        return self.decoder(x, batch, self.backend)
+        output: Tensor = self.decoder(x, batch, self.backend)
+        return output
 
 
 class DecodeGraph:
@@ -54,7 +55,7 @@ class DecodeGraph:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.output = decoder(self.x, batch, backend)
+            self.output: Tensor = decoder(self.x, batch, backend)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.data_ptr() != self.x.data_ptr():

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spmd.backend.kv_cache import KVCache
 from spmd.integers import ceil_div
 from spmd.messages import readable
 from spmd.model.architecture import check_topology
+from spmd.model.cache_spec import block_bytes
 from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
@@ -72,7 +72,7 @@ def needs(settings: Settings) -> list[Needs]:
         first, last = stage == 0, stage == t.pp - 1
         decoder = Decoder(arch, layers, first, last, TensorParallel(0, t.tp), ep, "meta")
         weights = sum(parameter.nbytes for parameter in decoder.parameters()) + exchanged_bytes(settings)
-        block = KVCache.bytes_per_block(arch, len(layers), t.tp, settings.scheduler.block_size)
+        block = block_bytes((arch.cache_spec(layer, t.tp) for layer in layers), settings.scheduler.block_size)
         found.append(Needs(stage, layers, weights, block, activation_bytes(settings, last)))
     return found
 
@@ -114,7 +114,7 @@ def count_blocks(settings: Settings, topology: Topology, device: torch.device) -
     s, layers = settings.scheduler, settings.stages[topology.pp_rank]
     if s.num_blocks is not None:
         return s.num_blocks
-    size = KVCache.bytes_per_block(settings.arch, len(layers), topology.tp, s.block_size)
+    size = block_bytes((settings.arch.cache_spec(layer, topology.tp) for layer in layers), s.block_size)
     available = max(0, this_device(device).usable(settings)) if device.type == "cuda" else CPU_CACHE_BYTES
     blocks = torch.tensor(blocks_in(settings, available, size))
     if topology.world_size > 1:

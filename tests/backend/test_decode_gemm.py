@@ -7,18 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmd.backend.cuda.decode_gemm import MOST, MOST_IF_SMALL, SMALL, Products, supported, tiling
+from spmd.backend.cuda.decode_gemm import (
+    MAX_ROWS,
+    MAX_ROWS_IF_SMALL,
+    SMALL_WEIGHT,
+    DecodeGemm,
+    choose_tiling,
+    supported,
+)
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 HOPPER = DEVICE.type == "cuda" and supported(DEVICE)
 PROCESSORS = 132
-CUTS = {  # N, K and halves: weight rows of a block and parts, at 8 rows and at 128
-    (6144, 512, 1): ((64, 1), (64, 1)),
-    (4096, 2048, 1): ((64, 2), (64, 2)),
-    (8960, 1024, 1): ((128, 1), (128, 1)),
-    (24576, 512, 2): ((192, 1), (192, 1)),
-    (1024, 2048, 1): ((64, 2), (64, 2)),
-    (6144, 1024, 2): ((64, 1), (64, 1)),
+TILES = {  # N, K and whether gated: tile_n and split_k, at 8 rows and at 128
+    (6144, 512, False): ((64, 1), (64, 1)),
+    (4096, 2048, False): ((64, 2), (64, 2)),
+    (8960, 1024, False): ((128, 1), (128, 1)),
+    (24576, 512, True): ((192, 1), (192, 1)),
+    (1024, 2048, False): ((64, 2), (64, 2)),
+    (6144, 1024, True): ((64, 1), (64, 1)),
 }
 ERROR = 2e-3  # of the norm; rounding to bfloat16 alone makes 1.7e-3
 
@@ -29,9 +36,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE).bfloat16()
 
 
-def exact(x: Tensor, weight: Tensor, halves: int) -> Tensor:
+def exact(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
     product = x.float() @ weight.float().T
-    if halves == 1:
+    if not gated:
         return product
     gate, up = product.chunk(2, dim=1)
     return F.silu(gate) * up
@@ -39,40 +46,41 @@ def exact(x: Tensor, weight: Tensor, halves: int) -> Tensor:
 
 def test_tilings() -> None:
     """Most blocks in one wave; what can't be cut up so is left to cuBLAS."""
-    for (size, columns, halves), (few, many) in CUTS.items():
-        for rows in range(1, MOST_IF_SMALL + 1):
-            cut = tiling(rows, size, columns, halves, PROCESSORS)
-            if size * columns > SMALL and rows > MOST:
-                assert cut is None
+    for (size, columns, gated), (few, many) in TILES.items():
+        for rows in range(1, MAX_ROWS_IF_SMALL + 1):
+            tiling = choose_tiling(rows, size, columns, gated, PROCESSORS)
+            if size * columns > SMALL_WEIGHT and rows > MAX_ROWS:
+                assert tiling is None
                 continue
-            assert cut and cut.slots >= 2 and cut.rows <= MOST
-            assert cut.shared_bytes <= 227 * 1024 - 512
-            groups = -(-rows // cut.rows)
-            assert rows <= cut.rows * groups < rows + 8 * groups
-            assert size // cut.outs * cut.parts * groups <= PROCESSORS
-            if rows in (8, MOST):
-                assert (cut.outs, cut.parts) == (few if rows == 8 else many)
-    assert not tiling(8, 512, 2048, 1, PROCESSORS)  # too few blocks
-    assert not tiling(8, 6144, 4096 + 128, 1, PROCESSORS)
+            assert tiling and tiling.stages >= 2 and tiling.tile_m <= MAX_ROWS
+            assert tiling.shared_bytes <= 227 * 1024 - 512
+            tiles = -(-rows // tiling.tile_m)
+            assert rows <= tiling.tile_m * tiles < rows + 8 * tiles
+            assert size // tiling.tile_n * tiling.split_k * tiles <= PROCESSORS
+            if rows in (8, MAX_ROWS):
+                assert (tiling.tile_n, tiling.split_k) == (few if rows == 8 else many)
+    assert not choose_tiling(8, 512, 2048, False, PROCESSORS)  # too few blocks
+    assert not choose_tiling(8, 6144, 4096 + 128, False, PROCESSORS)
 
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("shape", CUTS)
-def test_every_row_count(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("shape", TILES)
+def test_every_row_count(shape: tuple[int, int, bool]) -> None:
     """Right, nothing left out, nothing written behind the last row; a row's bits depend on no other row."""
-    size, columns, halves = shape
-    most = MOST_IF_SMALL if size * columns <= SMALL else MOST
-    counts = [*range(1, MOST + 1), *range(MOST + 1, most + 1, 9), most]
-    products = Products([shape], counts, DEVICE)
+    size, columns, gated = shape
+    width = size // 2 if gated else size
+    most = MAX_ROWS_IF_SMALL if size * columns <= SMALL_WEIGHT else MAX_ROWS
+    counts = [*range(1, MAX_ROWS + 1), *range(MAX_ROWS + 1, most + 1, 9), most]
+    gemm = DecodeGemm([shape], counts, DEVICE)
     weight, x = drawn(size, columns) / columns**0.5, drawn(most, columns, seed=1)
-    all_rows = products(x, weight, halves)
-    assert all_rows is not None and all_rows.shape == (most, size // halves)
+    all_rows = gemm(x, weight, gated)
+    assert all_rows is not None and all_rows.shape == (most, width)
     for rows in counts:
-        out = torch.full((rows + 1, size // halves), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        products.launch(products.tilings[rows, *shape], x[:rows], weight, out[:rows])
+        out = torch.full((rows + 1, width), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        gemm.launch(gemm.tilings[rows, *shape], x[:rows], weight, out[:rows])
         assert torch.equal(out[:rows], all_rows[:rows]) and out[rows].isnan().all(), rows
-    expected = exact(x, weight, halves)
+    expected = exact(x, weight, gated)
     assert float((all_rows.float() - expected).norm() / expected.norm()) < ERROR
 
 
@@ -84,8 +92,8 @@ def test_chain_in_a_graph(rows: int) -> None:
     from spmd.backend.cuda.layer_kernels import add_norm
 
     hidden, inner = 2048, 8192
-    products = Products([(2 * inner, hidden, 2), (hidden, inner, 1)], [rows], DEVICE)
-    assert len(products.tilings) == 2 and all(products.tilings.values())
+    gemm = DecodeGemm([(2 * inner, hidden, True), (hidden, inner, False)], [rows], DEVICE)
+    assert len(gemm.tilings) == 2 and all(gemm.tilings.values())
     layers = [(drawn(2 * inner, hidden, seed=i) / 64, drawn(hidden, inner, seed=i + 9) / 64) for i in range(4)]
     norm, given, added = drawn(hidden), drawn(rows, hidden), drawn(rows, hidden)
 
@@ -94,8 +102,8 @@ def test_chain_in_a_graph(rows: int) -> None:
         for up, down in layers:
             x, residual = add_norm(x, residual, norm, 1e-6)
             after_each()
-            for weight, halves in ((up, 2), (down, 1)):
-                found = products(x, weight, halves)
+            for weight, gated in ((up, True), (down, False)):
+                found = gemm(x, weight, gated)
                 assert found is not None
                 x = found
                 after_each()
@@ -115,8 +123,8 @@ def test_chain_in_a_graph(rows: int) -> None:
 @pytest.mark.gpu
 @hopper
 def test_what_was_not_compiled() -> None:
-    products = Products([(6144, 512, 1), (64, 512, 1)], [8], DEVICE)
-    assert products(drawn(8, 512), drawn(64, 512)) is None
-    assert products(drawn(9, 512), drawn(6144, 512)) is None
-    assert products(drawn(8, 512), drawn(6144, 512), halves=2) is None
-    assert products(drawn(8, 512), drawn(6144, 512)) is not None
+    gemm = DecodeGemm([(6144, 512, False), (64, 512, False)], [8], DEVICE)
+    assert gemm(drawn(8, 512), drawn(64, 512)) is None
+    assert gemm(drawn(9, 512), drawn(6144, 512)) is None
+    assert gemm(drawn(8, 512), drawn(6144, 512), gated=True) is None
+    assert gemm(drawn(8, 512), drawn(6144, 512)) is not None

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmd.model.backend import landed
+from spmd.model.backend import PendingSums
 from spmd.parallel.groups import connect
-from spmd.parallel.peer_memory import PeerMemory, PendingSums, share, size_of
+from spmd.parallel.peer_memory import PeerMemory, share, size_of
 from spmd.topology import Topology
 from tests.backend.test_expert_kernels import FEW_DTYPE
 from tests.support.ranks import Ranks
@@ -67,7 +67,7 @@ class Rank:
         return mix(packed, TOP_K, *self.owned(self.rank), self.peers)
 
     def exchanged(self, x: Tensor, logits: Tensor, rows: int) -> Tensor:
-        return landed(self.exchange(x, logits, rows), rows)
+        return collected(self.exchange(x, logits, rows), rows)
 
     def expected(self, counts: list[int], number: int, rows: int) -> Tensor:
         """Of this rank's tokens, from what all ranks have, without exchange."""
@@ -79,10 +79,20 @@ class Rank:
         return total[self.rank * rows : self.rank * rows + counts[self.rank]]
 
 
-def exchanged(rank: int, size: int, folder: str, few: bool) -> None:
-    from spmd.backend.cuda import expert_kernels as mixture
+def collected(sums: Tensor | PendingSums, rows: int) -> Tensor:
+    from spmd.backend.cuda.exchange_kernels import WordSums, collect
 
-    with patch.object(mixture, "FEW", mixture.FEW if few else 0):  # the process goes on to other tests
+    if isinstance(sums, Tensor):
+        return sums
+    assert isinstance(sums, WordSums)
+    return collect(sums, rows)
+
+
+def exchanged(rank: int, size: int, folder: str, few: bool) -> None:
+    from spmd.backend.cuda import expert_kernels
+
+    most = expert_kernels.MAX_DECODE_ROWS if few else 0
+    with patch.object(expert_kernels, "MAX_DECODE_ROWS", most):  # the process goes on to other tests
         exchange_all(rank, size, folder, few)
 
 
@@ -106,7 +116,7 @@ def test_sums_are_those_without_exchange(ranks: Ranks, tmp_path: Path, size: int
 
 def normed(rank: int, size: int, folder: str) -> None:
     """Every other exchange leaves the sums to the norm, with fewer tokens than rows at times."""
-    from spmd.backend.cuda import exchange_kernels as words
+    from spmd.backend.cuda import exchange_kernels
 
     me = Rank(rank, size, Path(folder), FEW_DTYPE)
     weight = me.drawn(HIDDEN, seed=3)
@@ -115,12 +125,12 @@ def normed(rank: int, size: int, folder: str) -> None:
         sums = me.exchange(*me.tokens(rank, counts[rank], number), rows)
         right = me.expected(counts, number, rows)
         if number % 2:
-            assert torch.equal(landed(sums, counts[rank]), right)
+            assert torch.equal(collected(sums, counts[rank]), right)
             continue
         residual = me.drawn(counts[rank], HIDDEN, seed=4)
         total = residual.float() + right.float()
-        assert isinstance(sums, PendingSums)
-        output, added = words.add_norm(sums, residual, weight, 1e-6)
+        assert isinstance(sums, exchange_kernels.WordSums)
+        output, added = exchange_kernels.add_norm(sums, residual, weight, 1e-6)
         assert added is residual
         torch.testing.assert_close(added, total.to(me.dtype), rtol=0, atol=0)
         wanted = F.rms_norm(total, (HIDDEN,), weight.float(), 1e-6).to(me.dtype)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmd.model.moe import Routed
+from spmd.backend.plain.experts import Routed
 from tests.support.triton_here import DEVICE, INTERPRETED, MARKS
 
 pytestmark = MARKS
@@ -69,18 +69,18 @@ def test_choice_is_softmax_and_topk(shape: Shape, normalize: bool) -> None:
 @pytest.mark.parametrize("few", [True, False])
 def test_this_ranks_share(shape: Shape, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows behind the last own expert's hold whatever the memory held: here what no sum survives."""
-    from spmd.backend.cuda import expert_kernels as mixture
+    from spmd.backend.cuda import expert_kernels
 
-    monkeypatch.setattr(mixture, "FEW", mixture.FEW if few else 0)
-    monkeypatch.setattr(mixture.F, "grouped_mm", poisoned(F.grouped_mm))
+    monkeypatch.setattr(expert_kernels, "MAX_DECODE_ROWS", expert_kernels.MAX_DECODE_ROWS if few else 0)
+    monkeypatch.setattr(expert_kernels.F, "grouped_mm", poisoned(F.grouped_mm))
     dtype = FEW_DTYPE if few else torch.bfloat16
     x = drawn(shape.tokens, shape.hidden, dtype=dtype, seed=0)
     logits = drawn(shape.tokens, shape.experts, dtype=dtype, seed=1)
     gate_up = drawn(len(shape.own), 2 * shape.inner, shape.hidden, dtype=dtype, seed=2) / shape.hidden**0.5
     down = drawn(len(shape.own), shape.hidden, shape.inner, dtype=dtype, seed=3) / shape.inner**0.5
-    packed = mixture.choose(x, logits, shape.tokens + shape.padding, shape.top_k, True)
+    packed = expert_kernels.choose(x, logits, shape.tokens + shape.padding, shape.top_k, True)
     exact = expected(x, Routed.unpacked(packed, shape.top_k), shape.own, gate_up, down)
-    share = mixture.mix(packed, shape.top_k, shape.own.start, gate_up, down).float()
+    share = expert_kernels.mix(packed, shape.top_k, shape.own.start, gate_up, down).float()
     assert (share[: shape.tokens] - exact).norm() < TOLERANCE * exact.norm()
     assert not share[shape.tokens :].any()
 

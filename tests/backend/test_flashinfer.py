@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmd.backend.cuda import flashinfer
-from spmd.backend.cuda.flashinfer import why_not
+from spmd.backend.cuda.limits import why_not
 from spmd.config import Config, ModelConfig, SchedulerConfig
-from spmd.model.architecture import Architecture
+from spmd.model.architecture import Architecture, GroupedQuery, LayerSpec
 from spmd.model.decoder import Decoder
 from spmd.model.rope import RopeConfig
 from spmd.parallel.groups import Groups
@@ -51,7 +50,7 @@ def shape(head_dim: int, window: int | None, qk_norm: bool, bias: bool = False) 
         dtype=torch.bfloat16,
         vocab_size=1000,
         hidden_size=512,
-        num_layers=2,
+        layers=(LayerSpec(), LayerSpec(GroupedQuery(window))),
         num_heads=8,
         num_kv_heads=2,
         head_dim=head_dim,
@@ -60,8 +59,6 @@ def shape(head_dim: int, window: int | None, qk_norm: bool, bias: bool = False) 
         max_position_embeddings=512,
         tie_word_embeddings=False,
         rope=RopeConfig(),
-        windows=(None, window),
-        sparse=(False, False),
         qkv_bias=bias,
         qk_norm=qk_norm,
     )
@@ -149,7 +146,7 @@ def test_logits(head_dim: int, window: int | None, qk_norm: bool, backend: str) 
 @pytest.mark.parametrize("backend", [pytest.param("flashinfer_graphs", marks=gpu)])
 def test_logits_of_wide_batches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that count as wide from the first row on."""
-    monkeypatch.setattr(flashinfer, "WIDE", 1)
+    monkeypatch.setattr("spmd.backend.cuda.flashinfer.MIN_WIDE_ROWS_TIMES_HEADS", 1)
     compare(shape(128, None, True), backend, block_size=64)
 
 

@@ -100,7 +100,7 @@ def test_gated(rows: int, many: int, inner: int, dtype: torch.dtype, monkeypatch
     from spmd.backend.cuda import layer_kernels as kernels
     from spmd.backend.cuda.layer_kernels import gated
 
-    monkeypatch.setattr(kernels, "MANY", many)
+    monkeypatch.setattr(kernels, "MIN_GROUPED_ROWS", many)
     gate_up = 3 * drawn(rows, 2 * inner, dtype=dtype)
     gate, up = gate_up.float().chunk(2, dim=1)
     expected = (F.silu(gate) * up).to(dtype)

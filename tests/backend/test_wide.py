@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmd.backend.cuda.flashinfer import CAPABILITY, WideDecode
+from spmd.backend.cuda.limits import CAPABILITY
 from spmd.backend.kv_cache import KVCache
 from spmd.model.batch import Batch
+from spmd.model.cache_spec import CacheSpec
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ROWS, HEADS, KV_HEADS, HEAD_DIM = 160, 16, 8, 128
@@ -34,11 +35,11 @@ def expected(q: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> Tensor:
 
 def test_any_lengths() -> None:
     pytest.importorskip("flashinfer")
+    from spmd.backend.cuda.flashinfer import WideDecode
 
-    cache = object.__new__(KVCache)
-    cache.block_size, cache.kv_heads = SIZE, KV_HEADS
-    shape = (2, 1, ROWS * MOST + 1, KV_HEADS, SIZE, HEAD_DIM)
-    cache.keys, cache.values = torch.randn(shape, device=DEVICE).bfloat16()
+    cache = KVCache([CacheSpec(KV_HEADS, HEAD_DIM, torch.bfloat16)], ROWS * MOST + 1, SIZE, DEVICE)
+    cache.keys.normal_()
+    cache.values.normal_()
     tables = torch.zeros(ROWS + 1, MOST, dtype=torch.int32, device=DEVICE)
     tables[:ROWS] = 1 + torch.randperm(ROWS * MOST, device=DEVICE).view(ROWS, MOST)
     positions, seats = (torch.zeros(ROWS, dtype=torch.int64, device=DEVICE) for _ in range(2))

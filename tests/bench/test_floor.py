@@ -9,7 +9,7 @@ from spmd.bench.floor import Work, figures, lines, ranks_work
 from spmd.bench.rates import Rates
 from spmd.bench.workload import lengths
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, WorkloadConfig
-from spmd.model.architecture import Architecture, read_architecture
+from spmd.model.architecture import Architecture, GroupedQuery, LayerSpec, read_architecture
 from spmd.model.cost import head_params, layer_params
 from spmd.runtime.compose import CONF
 from tests.support.settings import settled
@@ -50,7 +50,7 @@ def test_known_floors_on_an_h200(model: str, config: Config, known: float) -> No
 
 
 def test_one_request_by_hand() -> None:
-    arch = replace(architecture("tiny"), windows=(None, 5) * 4)
+    arch = replace(architecture("tiny"), layers=(LayerSpec(), LayerSpec(GroupedQuery(5))) * 4)
     (work,) = work_of(arch, configured(LONG, 4), [(10, 4)])
     layers = sum(layer_params(arch, layer) for layer in range(8))
     assert work.weight_bytes == 3 * 4 * (layers + head_params(arch)), "three decode steps of float32"

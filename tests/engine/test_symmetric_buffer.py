@@ -10,21 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmd.config import Config
-from spmd.model.architecture import Architecture
-from spmd.parallel.groups import Groups
 from tests.support.driver import Report, answers, configure, drive, run
 from tests.support.oracle import Task
 from tests.support.ranks import Ranks
 
 
-class Room:
+class Buffer:
     """What `SymmetricBuffer` is, for CPUs."""
 
     def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
         self.group = group
         self.memory = torch.empty(2**16, dtype=dtype)
 
-    def room(self, rows: int, columns: int) -> Tensor:
+    def view(self, rows: int, columns: int) -> Tensor:
         return self.memory[: rows * columns].view(rows, columns)
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -33,13 +31,13 @@ class Room:
         return x
 
 
-def drive_in_room(rank: int, config: Config) -> Report:
-    def make(arch: Architecture, groups: Groups, device: torch.device) -> Room:
-        assert groups.tensor is not None
-        return Room(groups.tensor, arch.dtype)
+def drive_in_one_buffer(rank: int, config: Config) -> Report:
+    def make(group: dist.ProcessGroup | None, dtype: torch.dtype, device: torch.device) -> Buffer:
+        assert group is not None
+        return Buffer(group, dtype)
 
-    # Weights in oneDNN's order are for CPUs alone, where there is no such room.
-    with patch("spmd.stage.build._symmetric", make), patch("spmd.model.decoder.Decoder.pack"):
+    # Weights in oneDNN's order are for CPUs alone, where there is no such buffer.
+    with patch("spmd.stage.build.symmetric_buffer", make), patch("spmd.model.decoder.Decoder.pack"):
         return drive(rank, config)
 
 
@@ -50,4 +48,4 @@ def test_nothing_is_lost_when_every_sum_is_made_in_one_place(
 ) -> None:
     solved = task(model)
     config = configure(solved.model, solved.input, str(tmp_path), topology)
-    assert answers(run(ranks, config, drive_in_room)) == solved.answers
+    assert answers(run(ranks, config, drive_in_one_buffer)) == solved.answers

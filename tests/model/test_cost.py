@@ -9,7 +9,15 @@ import transformers
 
 from spmd.backend.kv_cache import KVCache
 from spmd.model.architecture import Architecture, read_architecture
-from spmd.model.cost import head_cost, head_params, kv_bytes, layer_params, seen, touched_experts
+from spmd.model.cache_spec import block_bytes
+from spmd.model.cost import (
+    head_cost,
+    head_params,
+    layer_bytes,
+    layer_params,
+    seen,
+    touched_experts,
+)
 from spmd.model.decoder import Decoder
 from spmd.runtime.compose import CONF
 from spmd.topology import split_layers
@@ -33,8 +41,10 @@ def test_parameters_are_those_of_the_decoder(tmp_path: Path, family: str) -> Non
     decoder = Decoder(arch, device="meta")
     for layer, module in enumerate(decoder.layers.values()):
         assert layer_params(arch, layer) == sum(p.numel() for p in module.parameters())
+        assert layer_bytes(arch, layer) == sum(p.nbytes for p in module.parameters())
     assert decoder.norm is not None and decoder.lm_head is not None
-    assert head_params(arch) == sum(p.numel() for part in (decoder.norm, decoder.lm_head) for p in part.parameters())
+    head = [p for part in (decoder.norm, decoder.lm_head) for p in part.parameters()]
+    assert head_params(arch) == sum(p.numel() for p in head)
 
 
 def test_biases_count(tmp_path: Path) -> None:
@@ -61,7 +71,13 @@ def test_touched_experts_are_the_mean_of_even_routing() -> None:
 
 def test_bytes_of_a_token_are_the_caches() -> None:
     for arch in map(shape, ("small", "tiny")):
-        assert 16 * 3 * kv_bytes(arch) == KVCache.bytes_per_block(arch, num_layers=3, tp=1, block_size=16)
+        specs = [arch.cache_spec(layer) for layer in range(3)]
+        cache = KVCache(specs, 5, block_size=16)
+        assert (
+            16 * 3 * arch.cache_spec(0).token_bytes
+            == block_bytes(specs, 16)
+            == (cache.keys.nbytes + cache.values.nbytes) // 5
+        )
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 50])

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from spmd.backend.kv_cache import KVCache
-from spmd.backend.plain.backend import TorchBackend
+from spmd.backend.plain.backend import PlainBackend
 from spmd.model.architecture import read_architecture
 from spmd.model.batch import Batch, Span
 from spmd.model.checkpoint import load
 from spmd.model.decoder import Decoder
-from spmd.model.weights import FBGEMM, computed_in, packed
+from spmd.model.linear import FBGEMM, FBGEMM_ENGINES, Dense, computed_in
 from spmd.parallel.groups import join
 from spmd.parallel.tensor import TensorParallel
 from tests.support.checkpoints import FAMILIES, SCALINGS, write_checkpoint
@@ -56,8 +56,8 @@ class Pipeline:
             Decoder(arch, layers, layers.start == 0, layers.stop == arch.num_layers, tp) for layers in ranges
         ]
         size = self.stages[0].tp.size
-        caches = [KVCache(arch, len(layers), 64, BLOCK, size) for layers in ranges]
-        self.backends = [TorchBackend(arch, *parts, size) for parts in zip(ranges, caches, strict=True)]
+        caches = [KVCache([arch.cache_spec(layer, size) for layer in layers], 64, BLOCK) for layers in ranges]
+        self.backends = [PlainBackend(arch, *parts, size) for parts in zip(ranges, caches, strict=True)]
         for stage in self.stages:
             load(stage, path)
         scattered = torch.randperm(63, generator=torch.Generator().manual_seed(1)) + 1
@@ -167,21 +167,22 @@ def test_packed_equals_dense(tmp_path: Path, stored: str, dtype: str, tolerance:
     chunks = [(i, 0, prompt) for i, prompt in enumerate(prompts())]
     dense = pipeline.run(chunks)
     pipeline.stages[0].pack(8)
-    assert pipeline.stages[0].embed_tokens.weight.dtype == getattr(torch, dtype)
+    assert pipeline.stages[0].embed_tokens.weight.values.dtype == getattr(torch, dtype)
     torch.testing.assert_close(pipeline.run(chunks), dense, rtol=tolerance / 2, atol=tolerance)
 
 
-@pytest.mark.skipif(torch.backends.quantized.engine not in FBGEMM, reason="needs FBGEMM (x86)")
+@pytest.mark.skipif(torch.backends.quantized.engine not in FBGEMM_ENGINES, reason="needs FBGEMM (x86)")
 @pytest.mark.parametrize(("value", "fits"), [(0.1, False), (1e5, False), (float("nan"), False), (1e-9, True)])
 def test_only_what_float16_holds_is_packed_in_it(value: float, fits: bool) -> None:
-    weight = torch.randn(8, 16).bfloat16().float()
-    assert isinstance(packed(weight, 8), torch.ScriptObject)
-    weight[3, 5] = value
-    assert isinstance(packed(weight, 8), torch.ScriptObject) == fits
+    weight = Dense(torch.float32, 8, 16)
+    weight.values.copy_(torch.randn(8, 16).bfloat16())
+    assert isinstance(weight.packed(8), FBGEMM)
+    weight.values[3, 5] = value
+    assert isinstance(weight.packed(8), FBGEMM) == fits
 
 
 def test_cpus_without_a_dtype_compute_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spmd.model.weights._multiplies", lambda dtype: dtype != torch.bfloat16)
+    monkeypatch.setattr("spmd.model.linear._multiplies", lambda dtype: dtype != torch.bfloat16)
     assert computed_in(torch.bfloat16, "cpu") == torch.float32
     assert computed_in(torch.float16, "cpu") == torch.float16
     assert computed_in(torch.bfloat16, "cuda") == torch.bfloat16

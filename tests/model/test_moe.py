@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmd.backend.kv_cache import KVCache
-from spmd.backend.plain.backend import TorchBackend
-from spmd.model.architecture import Architecture
-from spmd.model.moe import Experts, Routed
+from spmd.backend.plain.backend import PlainBackend
+from spmd.backend.plain.experts import Routed
+from spmd.model.architecture import Architecture, LayerSpec
+from spmd.model.backend import ExpertLayer
+from spmd.model.linear import Dense
+from spmd.model.moe import Experts
 from spmd.model.rope import RopeConfig
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
@@ -26,7 +29,7 @@ ARCH = Architecture(
     dtype=torch.bfloat16,
     vocab_size=8,
     hidden_size=HIDDEN,
-    num_layers=1,
+    layers=(LayerSpec(mlp="experts"),),
     num_heads=2,
     num_kv_heads=1,
     head_dim=64,
@@ -35,8 +38,6 @@ ARCH = Architecture(
     max_position_embeddings=512,
     tie_word_embeddings=False,
     rope=RopeConfig(),
-    windows=(None,),
-    sparse=(True,),
     num_experts=NUM_EXPERTS,
     experts_per_token=TOP_K,
     moe_intermediate_size=96,
@@ -51,8 +52,9 @@ class Layer:
 
     def __init__(self, device: str, dtype: torch.dtype = torch.bfloat16, rank: int = 0, size: int = 1) -> None:
         arch = replace(ARCH, dtype=dtype)
-        self.backend = TorchBackend(arch, range(1), KVCache(arch, 1, 2, 16, device=device))
-        self.experts = Experts(arch, TensorParallel(), ExpertParallel(rank, size)).to(device)
+        self.ep = ExpertParallel(rank, size)
+        self.backend = PlainBackend(arch, range(1), KVCache([arch.cache_spec(0)], 2, 16, device=device))
+        self.experts = Experts(arch, TensorParallel(), self.ep).to(device)
         generator = torch.Generator().manual_seed(0)
         for weight in self.experts.parameters():
             drawn = torch.randn(NUM_EXPERTS, *weight.shape[1:], generator=generator) / weight.shape[-1] ** 0.5
@@ -60,7 +62,13 @@ class Layer:
 
     def __call__(self, work: SimpleNamespace) -> Tensor:
         routed = Routed(work.x, work.weights, work.chosen)
-        return self.experts.by_kernels(routed.packed(), TOP_K) if work.x.is_cuda else self.experts(routed, self.backend)
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
+        assert isinstance(gate_up, Dense) and isinstance(down, Dense)
+        if not work.x.is_cuda:
+            return self.backend.experts.share(routed, ExpertLayer(NUM_EXPERTS, TOP_K, True, gate_up, down, self.ep))
+        from spmd.backend.cuda.expert_kernels import mix
+
+        return mix(routed.packed(), TOP_K, self.experts.owned.start, gate_up.values, down.values)
 
 
 def work(choice: str, tokens: int, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> SimpleNamespace:

@@ -30,11 +30,11 @@ def test_places_do_not_overlap() -> None:
         assert all((part == 3 * number + rank).all() for rank, part in enumerate(place))
 
 
-def test_few_rows_have_room() -> None:
+def test_few_rows_fit() -> None:
     peers = rows_of_three()
     shared = ExpertParallel(1, RANKS, None, peers)
-    assert shared.room(CAPACITY // RANKS) is peers and shared.room(CAPACITY // RANKS + 1) is None
-    assert ExpertParallel().room(1) is None
+    assert shared.peers_for(CAPACITY // RANKS) is peers and shared.peers_for(CAPACITY // RANKS + 1) is None
+    assert ExpertParallel().peers_for(1) is None
 
 
 def asked(rank: int, hosts: list[str], apart: tuple[int, int]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spmd.parallel.groups import connect
-from spmd.parallel.peer_memory import MAX_BYTES, SymmetricBuffer
+from spmd.parallel.peer_memory import MAX_SUM_BYTES, SymmetricBuffer
 from spmd.parallel.tensor import TensorParallel
 from spmd.topology import Topology
 from tests.support.ranks import Ranks
@@ -37,11 +37,11 @@ def part(rank: int, rows: int, number: int, dtype: torch.dtype) -> Tensor:
 
 
 def sums(tp: TensorParallel, x: Tensor) -> Tensor:
-    """`TIMES` sums, `[TIMES, rows, hidden]`, each of `x` plus its number; every other one of parts made in the room."""
+    """`TIMES` sums, `[TIMES, rows, hidden]`, each of `x` plus its number; every other one of parts in the buffer."""
     found = []
     for number in range(TIMES):
-        room = tp.room(*x.shape) if number % 2 else None
-        mine = x + number if room is None else torch.add(x, number, out=room)
+        buffer = tp.sum_buffer(*x.shape) if number % 2 else None
+        mine = x + number if buffer is None else torch.add(x, number, out=buffer)
         found.append(tp.all_reduce(mine).clone())
     return torch.stack(found)
 
@@ -91,10 +91,10 @@ def test_all_reduce_in_a_graph(ranks: Ranks, wire: str, dtype: str, rows: int) -
     ranks.run(2, summed, wire, dtype, rows, True)
 
 
-def summed_without_room(rank: int) -> None:
+def summed_without_buffer(rank: int) -> None:
     tp, device = join(rank, "symmetric", torch.bfloat16)
-    rows = MAX_BYTES // torch.bfloat16.itemsize // HIDDEN
-    assert tp.room(rows, HIDDEN) is not None and tp.room(rows + 1, HIDDEN) is None
+    rows = MAX_SUM_BYTES // torch.bfloat16.itemsize // HIDDEN
+    assert tp.sum_buffer(rows, HIDDEN) is not None and tp.sum_buffer(rows + 1, HIDDEN) is None
     mine = part(rank, rows + 1, 0, torch.bfloat16).to(device)
     right = part(0, rows + 1, 0, torch.bfloat16) + part(1, rows + 1, 0, torch.bfloat16)
     assert torch.equal(tp.all_reduce(mine).cpu(), right)
@@ -103,5 +103,5 @@ def summed_without_room(rank: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_what_has_no_room_goes_through_nccl(ranks: Ranks) -> None:
-    ranks.run(2, summed_without_room)
+def test_what_is_too_large_for_the_buffer_goes_through_nccl(ranks: Ranks) -> None:
+    ranks.run(2, summed_without_buffer)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spmd.backend.kv_cache import KVCache
-from spmd.backend.plain.backend import TorchBackend
+from spmd.backend.plain.backend import PlainBackend
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig
 from spmd.model.architecture import Architecture, read_architecture
 from spmd.model.decoder import Decoder
@@ -54,7 +54,7 @@ class Peak(TorchDispatchMode):
 
 def shape(name: str, **changes: Any) -> Architecture:
     arch = replace(read_architecture(str(CONF / "shapes" / name)), **changes)
-    return replace(arch, num_layers=2, sparse=arch.sparse[:2], windows=arch.windows[:2])
+    return replace(arch, layers=arch.layers[:2])
 
 
 def configured(rows: int, longest: int = 1024, **topology: Any) -> Config:
@@ -67,9 +67,9 @@ def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
     decoder = Decoder(arch, last=last)
     for parameter in decoder.parameters():
         parameter.fill_(0.01)
-    cache = KVCache(arch, arch.num_layers, rows // 16 + 2, 16)
+    cache = KVCache([arch.cache_spec(layer) for layer in decoder.range], rows // 16 + 2, 16)
     inputs = InputBuilder(8, rows // 16 + 2, rows, 16, torch.device("cpu"))
-    backend = TorchBackend(arch, decoder.range, cache)
+    backend = PlainBackend(arch, decoder.range, cache)
     ids, batch = inputs.padding(0, rows)
     batch = replace(batch, sample_rows=torch.arange(8))
     with torch.inference_mode(), Peak(*decoder.parameters(), cache.keys, cache.values, inputs.tables) as peak:

@@ -78,7 +78,7 @@ def test_weights_are_those_that_loading_allocates(
             needed = needs(settings)[topology.pp_rank]
             assert needed.weights == sum(storages.values())
             assert needed.layers == decoder.range == settings.stages[topology.pp_rank]
-            cache = KVCache(settings.arch, len(decoder.range), 7, 16, tp)
+            cache = KVCache([settings.arch.cache_spec(layer, tp) for layer in decoder.range], 7, 16)
             assert 7 * needed.block == cache.keys.nbytes + cache.values.nbytes
 
 

@@ -1,1 +1,1 @@
-"""GPUs: FlashInfer's attention, and kernels of ours."""
+"""NVIDIA GPUs: FlashInfer's kernels and ours. Without Triton only `limits` and `decode_gemm` can be imported."""

@@ -1,8 +1,18 @@
-"""Triton kernels for the sums of few rows of experts on their way between GPUs.
+"""Triton kernels for the sums of few rows of experts on their way between GPUs; `peer_memory` says what an exchange is.
 
-They travel in words of eight bytes, two numbers and the exchange's, as in NCCL's protocol LL: a word with that number
-has arrived, without fence or count. The norm behind them may take them from there, without a launch of their own.
+Who writes: `_send`, on each rank, stores its share of every row's sum in the memory of the rank whose row it is, in
+words of eight bytes: two numbers and the number of the exchange. Who reads: `_receive`, on that rank, reads the words
+of all ranks again and again until each bears the number of this exchange, and adds up what they hold. A GPU stores
+eight bytes at once, so whoever sees the number sees the two numbers that came with it: neither a fence nor a count
+orders the two, the word itself does. Numbers of exchanges never repeat (they count rows), and nothing else is stored
+there, so no earlier word can be taken for a later one.
+
+`_receive` is part of the next norm, without a launch of its own (`add_norm`); where there is none, `collect` runs it
+alone. It waits for all rows, also for those that are padding: only then have the other ranks read all that this one
+sent, and this one may send its next rows.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -10,10 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from spmd.backend.cuda.layer_kernels import launch, wait
-from spmd.parallel.peer_memory import PeerMemory, PendingSums
+from spmd.model.backend import PendingSums
+from spmd.parallel.peer_memory import PeerMemory
 
 
-def send(found: Tensor, packed: Tensor, top_k: int, first: int, experts: int, peers: PeerMemory) -> PendingSums:
+@dataclass(frozen=True)
+class WordSums(PendingSums):
+    """Sums `[rows, peers.width]` that come in `peers.words`."""
+
+    peers: PeerMemory
+    rows: int
+    dtype: torch.dtype
+
+
+def send(found: Tensor, packed: Tensor, top_k: int, first: int, experts: int, peers: PeerMemory) -> WordSums:
     """Send each rank this one's share of its rows' sums; returns those that come to this rank.
 
     Args:
@@ -27,26 +47,26 @@ def send(found: Tensor, packed: Tensor, top_k: int, first: int, experts: int, pe
         half, triton.next_power_of_2(half), top_k, first, experts, peers.rank, peers.size, packed.is_cuda,
         num_warps=4, **launch(packed),
     )  # fmt: skip
-    return PendingSums(peers, rows, packed.dtype)
+    return WordSums(peers, rows, packed.dtype)
 
 
-def take(sums: PendingSums, tokens: int) -> Tensor:
-    """The first `tokens` sums, `[tokens, hidden]`."""
-    out = torch.empty(tokens, sums.peers.width, dtype=sums.dtype, device=sums.peers.expected.device)
+def collect(sums: WordSums, rows: int) -> Tensor:
+    """The first `rows` sums, `[rows, hidden]`."""
+    out = torch.empty(rows, sums.peers.width, dtype=sums.dtype, device=sums.peers.expected.device)
     _launch(sums, out, out, out, 0.0, added=False)
     return out
 
 
-def add_norm(sums: PendingSums, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(sums: WordSums, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `spmd.backend.cuda.layer_kernels.add_norm`, of as many rows as the residual has."""
     normed = torch.empty_like(residual)
     _launch(sums, normed, residual, weight, eps, added=True)
     return normed, residual
 
 
-def _launch(sums: PendingSums, out: Tensor, total: Tensor, weight: Tensor, eps: float, added: bool) -> None:
+def _launch(sums: WordSums, out: Tensor, total: Tensor, weight: Tensor, eps: float, added: bool) -> None:
     peers, half = sums.peers, sums.peers.width // 2
-    _take[(sums.rows,)](
+    _receive[(sums.rows,)](
         peers.words(peers.size * sums.rows)[peers.rank], peers.expected, out, total, weight, eps, len(out),
         half, triton.next_power_of_2(half), peers.size, added, out.is_cuda, num_warps=8, **launch(out),
     )  # fmt: skip
@@ -80,7 +100,7 @@ def _send(
 
 
 @triton.jit
-def _take(
+def _receive(
     words, expected, out, total, weight, eps, tokens,
     half: tl.constexpr, width: tl.constexpr, ranks: tl.constexpr, added: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip

@@ -5,11 +5,15 @@ weights at two thirds of the memory's rate, and the small steps around it take n
 batch takes five launches a layer, six with an exchange; of a prompt's chunk, rows for other ranks' experts are neither
 copied nor computed.
 
-Experts are counted from 1 in what travels between ranks: 0 is nobody's. `first` is the number before this rank's first.
+Experts are counted from 1 in what travels between ranks: 0 marks padding. `first` is the number before this rank's
+first.
 
-Where ranks see each other's memory (`PeerMemory`), the kernels exchange rows and sums themselves: whoever makes one
-stores it in the memory of the rank that needs it and adds to a count there, for which that one waits; the sums of few
-rows say themselves that they have arrived (`spmd.backend.cuda.exchange_kernels`).
+Where ranks see each other's memory (`spmd.parallel.peer_memory`, which says why that is safe), the kernels exchange
+rows and sums themselves. `_choose` stores each row in the memory of all ranks and then adds to a count there
+(`_signal`: a release, behind all that its thread block has stored); `_list`, or `_wait_for_rows` in front of kernels
+that don't wait themselves, reads the count until all rows have come (`_await`: an acquire, so it sees what was stored
+before). Sums of many rows go the same way back, by `_sum` and `_collect`; those of few in words that need no count
+(`spmd.backend.cuda.exchange_kernels`).
 """
 
 import torch
@@ -20,21 +24,38 @@ from torch import Tensor
 
 from spmd.backend.cuda.exchange_kernels import send
 from spmd.backend.cuda.layer_kernels import gated, launch, wait
-from spmd.parallel.peer_memory import FEW, PeerMemory, PendingSums
+from spmd.model.backend import ExpertLayer, Sums
+from spmd.model.linear import Dense
+from spmd.parallel.peer_memory import MAX_DECODE_ROWS, PeerMemory
 
-ROWS = 16  # of a block: most experts' share of a decode batch; those with more take further turns
-OUTS, DEEP, STAGES = 64, 128, 3  # weight rows of a block, its columns of a step, steps in flight
-COLUMNS = 2048  # of a row copied or summed at once
-GROUP = 8  # rows of a chunk that are counted at once: counts in another GPU's memory come one after the other
+# Of a decode product's block: rows of x (most experts' share of a decode batch; those with more take further turns),
+# weight rows, columns of a step, steps in flight.
+TILE_ROWS, TILE_N, TILE_K, STAGES = 16, 64, 128, 3
+BLOCK_COLUMNS = 2048  # of a row copied or summed at once
+ROWS_PER_COUNT = 8  # of a chunk: counts in another GPU's memory come one after the other
+
+
+def experts(x: Tensor, logits: Tensor, layer: ExpertLayer, rows: int) -> Sums:
+    """See `Backend.experts`. The host need not know how many tokens an expert gets."""
+    gate_up, down, ep, top_k = layer.gate_up, layer.down, layer.ep, layer.top_k
+    assert isinstance(gate_up, Dense) and isinstance(down, Dense)
+    first, peers = ep.owned(layer.num_experts).start, ep.peers_for(rows)
+    packed = choose(x, logits, rows, top_k, layer.normalize, peers)
+    if peers:
+        sums = mix(packed, top_k, first, gate_up.values, down.values, peers)
+        return sums[: len(x)] if isinstance(sums, Tensor) else sums
+    shares = mix(ep.gather(packed, rows), top_k, first, gate_up.values, down.values)
+    assert isinstance(shares, Tensor)
+    return ep.scatter_sum(shares)[: len(x)]
 
 
 def choose(
     x: Tensor, logits: Tensor, rows: int, top_k: int, normalize: bool, peers: PeerMemory | None = None
 ) -> Tensor:
-    """The tokens and where they go, ready to travel: see `spmd.model.moe.Routed.packed`.
+    """The tokens and where they go, ready to travel: see `spmd.backend.plain.experts.Routed.packed`.
 
     `x` `[T, hidden]` and `logits` `[T, experts]`, of two bytes a number; returns `[rows, hidden + 2 * top_k]`, of
-    which those behind the T-th are nobody's; with peers `[ranks * rows, …]` in each one's memory, others' come later.
+    which those behind the T-th are padding; with peers `[ranks * rows, …]` in each one's memory, others' come later.
     """
     tokens, hidden = x.shape
     count = logits.shape[1]
@@ -53,9 +74,7 @@ def choose(
     return targets[rank]
 
 
-def mix(
-    packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerMemory | None = None
-) -> Tensor | PendingSums:
+def mix(packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerMemory | None = None) -> Sums:
     """This rank's share of the weighted sum of each token's experts, `[T, hidden]`.
 
     With peers, who must all call it, the sums of all shares, of this rank's tokens alone: `[T / ranks, hidden]`; few
@@ -67,21 +86,21 @@ def mix(
         down: `[own experts, hidden, inner]`.
     """
     tokens, hidden = len(packed), down.shape[1]
-    run = _few if tokens <= FEW else _many
+    run = _decode if tokens <= MAX_DECODE_ROWS else _grouped
     found, places = run(packed, top_k, first, gate_up, down, peers)
     if peers and places is None:
         return send(found, packed, top_k, first, len(down), peers)
     out = packed.new_empty(tokens // peers.size if peers else tokens, hidden)
     targets, rank = (peers.sums(tokens, out.dtype), peers.rank) if peers else ((out,), 0)
-    arrived, parts, group = peers.arrived() if peers else targets, triton.cdiv(hidden, COLUMNS), _group(len(out))
+    arrived, parts, group = peers.arrived() if peers else targets, triton.cdiv(hidden, BLOCK_COLUMNS), _group(len(out))
     _sum[(triton.cdiv(len(out), group), parts, len(targets))](
         found, places, packed, packed.view(torch.int16), targets, arrived, peers.expected if peers else out, len(out),
-        packed.stride(0), hidden, top_k, first, len(down), places is not None, COLUMNS, group, rank, len(targets),
+        packed.stride(0), hidden, top_k, first, len(down), places is not None, BLOCK_COLUMNS, group, rank, len(targets),
         out.is_cuda, num_warps=4, **launch(out),
     )  # fmt: skip
     if peers:
         _collect[(len(out), parts)](
-            targets[rank], out, arrived[rank], peers.expected, hidden, COLUMNS, peers.size, out.is_cuda,
+            targets[rank], out, arrived[rank], peers.expected, hidden, BLOCK_COLUMNS, peers.size, out.is_cuda,
             num_warps=4, **launch(out),
         )  # fmt: skip
     return out
@@ -89,10 +108,10 @@ def mix(
 
 def _group(rows: int) -> int:
     """Rows of a thread block: of few one, to have them all at once."""
-    return 1 if rows <= FEW else GROUP
+    return 1 if rows <= MAX_DECODE_ROWS else ROWS_PER_COUNT
 
 
-def _few(
+def _decode(
     packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerMemory | None
 ) -> tuple[Tensor, None]:
     """Outputs `[T * top_k, hidden]` of each token's experts, in their order; undefined where they aren't here."""
@@ -107,16 +126,16 @@ def _few(
         triton.next_power_of_2(pairs), peers.size if peers else 1, packed.is_cuda, num_warps=4, **launch(packed),
     )  # fmt: skip
     middle, found = packed.new_empty(pairs, inner), packed.new_empty(pairs, hidden)
-    for x, each, weight, halves, out in ((packed, top_k, gate_up, 2, middle), (middle, 1, down, 1, found)):
+    for x, each, weight, is_gated, out in ((packed, top_k, gate_up, True, middle), (middle, 1, down, False, found)):
         size = out.shape[1]
-        _product[(triton.cdiv(size, OUTS), own)](
-            x, weight, out, table, counts, tokens, x.stride(0), size, weight.shape[2], each, halves, ROWS, OUTS, DEEP,
-            x.is_cuda, num_warps=4, num_stages=STAGES, **launch(x),
+        _product[(triton.cdiv(size, TILE_N), own)](
+            x, weight, out, table, counts, tokens, x.stride(0), size, weight.shape[2], each, is_gated, TILE_ROWS,
+            TILE_N, TILE_K, x.is_cuda, num_warps=4, num_stages=STAGES, **launch(x),
         )  # fmt: skip
     return found, None
 
 
-def _many(
+def _grouped(
     packed: Tensor, top_k: int, first: int, gate_up: Tensor, down: Tensor, peers: PeerMemory | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs, expert after expert, and in which place those of each token are, `[T * top_k]`.
@@ -125,7 +144,7 @@ def _many(
     """
     own, hidden = down.shape[:2]
     if peers:
-        _stay[(1,)](peers.arrived()[peers.rank], peers.expected, peers.size, num_warps=1)
+        _wait_for_rows[(1,)](peers.arrived()[peers.rank], peers.expected, peers.size, num_warps=1)
     numbers = packed.view(torch.int16)[:, -top_k:]
     chosen, order = ((numbers.flatten() - (first + 1)) & 0x7FFF).sort(stable=True)  # others' come behind
     wanted = torch.arange(own, dtype=chosen.dtype, device=packed.device)
@@ -133,7 +152,7 @@ def _many(
     places = torch.empty(len(order), dtype=torch.int32, device=packed.device)
     x = packed.new_empty(len(order), hidden)
     _gather[(len(order),)](
-        packed, order, ends, x, places, packed.stride(0), own, hidden, top_k, COLUMNS, num_warps=4
+        packed, order, ends, x, places, packed.stride(0), own, hidden, top_k, BLOCK_COLUMNS, num_warps=4
     )  # fmt: skip
     both = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
     del x  # each of these is as large as all that a chunk needs elsewhere
@@ -152,14 +171,14 @@ def _await(arrived, target, ranks: tl.constexpr):
 
 
 @triton.jit
-def _tell(arrived, count):
+def _signal(arrived, count):
     """Add to a count, after all that this thread block has stored."""
     tl.debug_barrier()  # else only the thread that adds would be known to have stored
     tl.atomic_add(arrived, count, sem="release", scope="sys")
 
 
 @triton.jit
-def _stay(arrived, expected, ranks: tl.constexpr):
+def _wait_for_rows(arrived, expected, ranks: tl.constexpr):
     """For kernels behind it that don't wait for rows themselves."""
     _await(arrived, tl.load(expected), ranks)
 
@@ -178,7 +197,7 @@ def _choose(
     for i in range(group):
         row = (first + i).to(tl.int64)
         if row < rows:
-            here = (row < tokens).to(tl.int32)  # nobody's rows are zeros
+            here = (row < tokens).to(tl.int32)  # padding is zeros
             place = (row + own * rows) * (hidden + 2 * top_k)
             logit = tl.load(logits + row * count + expert, expert < count * here, 0).to(tl.float32)
             values = tl.load(x + row * hidden + column, column < hidden * here, 0)
@@ -200,7 +219,7 @@ def _choose(
     if ranks > 1:
         tl.atomic_add(expected, rows, first == 0)
         for rank in tl.static_range(ranks):
-            _tell(arrived[rank] + own, tl.minimum(group, rows - first))
+            _signal(arrived[rank] + own, tl.minimum(group, rows - first))
 
 
 @triton.jit
@@ -225,33 +244,34 @@ def _list(
 @triton.jit
 def _product(
     x, weights, out, table, counts, tokens, stride,
-    size: tl.constexpr, columns: tl.constexpr, each: tl.constexpr, halves: tl.constexpr,
-    rows: tl.constexpr, outs: tl.constexpr, deep: tl.constexpr, early: tl.constexpr,
+    size: tl.constexpr, columns: tl.constexpr, each: tl.constexpr, is_gated: tl.constexpr,
+    rows: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Row `pair // each` of x times the weight of the pair's expert, `[pairs, size]`.
 
-    With two halves the weight holds gate and up, one after the other, and the result is silu(gate) * up. Weight rows
-    take the place of the matrix unit's rows, the few of x that of its columns.
+    A gated weight holds gate and up, one after the other, and the result is silu(gate) * up. Weight rows take the place
+    of the matrix unit's rows, the few of x that of its columns.
     """
     wait(early)
     own = tl.program_id(1)
     count = tl.load(counts + own)
-    n, k = tl.program_id(0) * outs + tl.arange(0, outs), tl.arange(0, deep)
-    weight = weights + (own.to(tl.int64) * halves * size + n)[:, None] * columns + k[None, :]
+    n, k = tl.program_id(0) * tile_n + tl.arange(0, tile_n), tl.arange(0, tile_k)
+    each_expert: tl.constexpr = 2 * size if is_gated else size  # rows of its weight
+    weight = weights + (own.to(tl.int64) * each_expert + n)[:, None] * columns + k[None, :]
     known = (n < size)[:, None]
     for start in range(0, count, rows):
         row = start + tl.arange(0, rows)
         pair = tl.load(table + own * tokens + row, row < count, 0)
         source = x + (pair // each)[None, :] * stride + k[:, None]
-        value = tl.zeros([outs, rows], tl.float32)
-        up = tl.zeros([outs, rows], tl.float32)
-        for c in range(0, columns, deep):
+        value = tl.zeros([tile_n, rows], tl.float32)
+        up = tl.zeros([tile_n, rows], tl.float32)
+        for c in range(0, columns, tile_k):
             inside = k + c < columns
             some = tl.load(source + c, inside[:, None] & (row < count)[None, :], 0)
             value = tl.dot(tl.load(weight + c, known & inside[None, :], 0), some, value)
-            if halves == 2:
+            if is_gated:
                 up = tl.dot(tl.load(weight + size * columns + c, known & inside[None, :], 0), some, up)
-        if halves == 2:
+        if is_gated:
             value = value / (1 + tl.exp(-value)) * up
         target = out + pair[None, :] * size + n[:, None]
         tl.store(target, value.to(out.dtype.element_ty), known & (row < count)[None, :])
@@ -305,7 +325,7 @@ def _sum(
         tl.atomic_add(expected + 1, rows * tl.num_programs(1), first_block)
         for rank in tl.static_range(ranks):
             if whose == rank:
-                _tell(arrived[rank] + ranks + own, tl.minimum(group, rows - start))
+                _signal(arrived[rank] + ranks + own, tl.minimum(group, rows - start))
 
 
 @triton.jit

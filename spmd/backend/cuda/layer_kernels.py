@@ -4,7 +4,8 @@ No library has the second in one piece: it would take four launches a layer; at 
 0.2 ms a tick. The others could be FlashInfer's, but those keep the product behind them from starting before they end.
 
 These start while the kernel in front still runs, and let the one behind do so (programmatic dependent launch). So each
-waits before it touches what other kernels write, and whatever is launched early behind it must wait too.
+waits, for all kernels in front of it to end, before it touches what they write or read, and whatever is launched early
+behind it must do so too.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GATED_AT_ONCE = 2048  # columns of a thread block at most
-MANY = 4096  # rows from which on a thread block takes four, if they are narrow: its start costs more than one's work
+MAX_GATED_COLUMNS = 2048  # of a thread block
+MIN_GROUPED_ROWS = 4096  # from here on a thread block takes four, if they are narrow: its start costs more than one's
 
 
 def add_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -38,8 +39,8 @@ def gated(gate_up: Tensor, known: Tensor | None = None) -> Tensor:
     rows, inner = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     if rows:
-        at_once = min(GATED_AT_ONCE, triton.next_power_of_2(inner))
-        group = 4 if rows >= MANY and at_once < GATED_AT_ONCE else 1
+        at_once = min(MAX_GATED_COLUMNS, triton.next_power_of_2(inner))
+        group = 4 if rows >= MIN_GROUPED_ROWS and at_once < MAX_GATED_COLUMNS else 1
         _gated[(triton.cdiv(rows, group), triton.cdiv(inner, at_once))](
             gate_up, out, known, rows, inner, at_once, group, known is not None, gate_up.is_cuda,
             num_warps=max(1, at_once // 256), **launch(gate_up),

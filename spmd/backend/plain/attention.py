@@ -29,7 +29,7 @@ class Tile:
 
 
 class AttentionPlan:
-    """How the rows of one batch attend; call it once a layer."""
+    """How the rows of one batch attend: in each layer `append`, then `attend`."""
 
     def __init__(self, batch: Batch, cache: KVCache, num_heads: int, windows: Iterable[int | None]) -> None:
         """`num_heads` are this rank's query heads, `windows` the sliding windows of the layers that will call."""
@@ -47,18 +47,15 @@ class AttentionPlan:
         self.decode_mask = {window: self._decode_mask(window) for window in distinct if batch.num_decodes}
         self.tiles = {window: [list(self._tiles(span, window)) for span in batch.prefills] for window in distinct}
 
-    def __call__(self, layer: int, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values, then attend.
-
-        Args:
-            layer: counts the stage's own layers from 0.
-            q: `[T, heads, head_dim]`.
-            k, v: `[T, kv_heads, head_dim]`.
-
-        Returns:
-            `[T, heads * head_dim]`.
-        """
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the new keys and values `[T, kv_heads, head_dim]`; `layer` counts the stage's own layers from 0."""
         self.cache.write(layer, self.write_index, k, v)
+        self.appended = k, v
+
+    def attend(self, layer: int, window: int | None, q: Tensor) -> Tensor:
+        """`[T, heads * head_dim]` for queries `[T, heads, head_dim]`."""
+        k, v = self.appended
+        del self.appended  # the rest of the layer needs their memory
         parts = [self._decode(layer, window, q)] if self.batch.num_decodes else []
         for span, index, tiles in zip(self.batch.prefills, self.span_index, self.tiles[window], strict=True):
             rows = slice(span.start, span.start + span.count)
@@ -85,7 +82,7 @@ class AttentionPlan:
         """`[R * kv_heads, 1, width * block_size]`, since the products take no broadcast over part of a batch."""
         last = self.batch.positions[: self.batch.num_decodes, None]
         tokens = torch.arange(self.batch.width * self.cache.block_size, device=last.device)
-        mask = _additive(last, tokens, window, self.cache.keys.dtype)
+        mask = _additive(last, tokens, window, self.cache.dtype)
         return mask.repeat_interleave(self.cache.kv_heads, dim=0).unsqueeze(1)
 
     def _table(self, span: Span) -> Tensor:
@@ -93,7 +90,7 @@ class AttentionPlan:
 
     def _tiles(self, span: Span, window: int | None) -> Iterator[Tile]:
         first = span.kv_len - span.count
-        device, dtype = self.cache.keys.device, self.cache.keys.dtype
+        device, dtype = self.cache.device, self.cache.dtype
         for start in range(0, span.count, QUERY_TILE):
             stop = min(start + QUERY_TILE, span.count)
             seen = slice(max(0, first + start + 1 - window) if window else 0, first + stop)
