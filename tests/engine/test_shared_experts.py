@@ -27,7 +27,7 @@ def combinations() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("topology", "options"), combinations())
-def test_pitfall_17_shared_experts_change_no_token(
+def test_shared_experts_change_no_token(
     ranks: Ranks, task: Callable[[str], Task], tmp_path: Path, topology: str, options: str
 ) -> None:
     moe = task("qwen3_moe")
