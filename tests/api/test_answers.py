@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from spmd.api.answers import Completion, answer_line, complete, error_line
+from spmd.api.answers import answer_line, complete, error_line
+from spmd.api.choices import Completion
 from spmd.api.rows import BadRow, RowParser
 from spmd.config import SamplingConfig
 from spmd.schedule.request import TokenLogprobs

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
+from spmd.api.endpoints import CHAT, COMPLETIONS
 from spmd.api.rows import (
     BATCH_KEYS,
-    CHAT_KEYS,
-    COMPLETION_KEYS,
+    BODY_KEYS,
     IGNORED_KEYS,
     MAX_LINE_BYTES,
     UNSUPPORTED,
@@ -49,7 +49,7 @@ def test_batch_completion():
     body = {"model": "m", "prompt": "hello world", "max_tokens": 5, "return_token_ids": True, "priority": -2}
     job = make_parser().parse(batch("a", "/v1/completions", body), 3)
     assert isinstance(job, Job)
-    assert (job.index, job.custom_id, job.chat, job.return_token_ids) == (3, "a", False, True)
+    assert (job.index, job.custom_id, job.endpoint, job.return_token_ids) == (3, "a", COMPLETIONS, True)
     assert job.prompt_token_ids == TOKENIZER.encode("hello world") == [0, 264, 267, 268]
     [request] = job.requests
     assert (request.index, request.choice, request.tokens, request.priority) == (3, 0, job.prompt_token_ids, -2)
@@ -60,7 +60,7 @@ def test_batch_completion():
 def test_batch_chat_goes_through_the_template():
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     job = make_parser().parse(batch("a", "/v1/chat/completions", {"messages": messages}), 0)
-    assert isinstance(job, Job) and job.chat
+    assert isinstance(job, Job) and job.endpoint is CHAT
     expected = "<|system|>be<eos><|user|>hello<eos><|assistant|>"
     assert job.prompt_token_ids == TOKENIZER.encode(expected, add_special_tokens=False)
 
@@ -230,7 +230,7 @@ def test_any_value_for_any_key_is_a_job_or_a_bad_row():
     parser = make_parser()
     values = [None, True, False, 0, 1, -1, 2.5, 10**40, -(10**40), 1e300, "", "a", [], [1], [[]], ["a"], {}]
     values += [{"1": 1}, {"a": {}}]
-    keys = sorted(BATCH_KEYS | CHAT_KEYS | COMPLETION_KEYS | IGNORED_KEYS | UNSUPPORTED.keys() | {"", "é"})
+    keys = sorted(BATCH_KEYS | BODY_KEYS | IGNORED_KEYS | UNSUPPORTED.keys() | {"", "é"})
     for base in ({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}):
         for key in keys:
             for value in values:
