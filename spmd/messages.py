@@ -1,8 +1,11 @@
 """How values and foreign errors are worded in one-line messages."""
 
+import errno
 import json
 import reprlib
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -24,3 +27,12 @@ def listed(items: Sequence[str], most: int) -> str:
 def readable(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.1f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def cannot_write(what: str, folder: Path, error: OSError) -> str:
+    """That something in a folder can't be written and why, as the beginning of a message."""
+    reason = error.strerror or first_line(error)
+    if error.errno == errno.ENOSPC:
+        usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+        reason += f" ({usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free)"
+    return f"{what} can't be written: {reason}"

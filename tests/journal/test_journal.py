@@ -298,7 +298,7 @@ def test_what_is_deleted_under_way_is_not_lost(output, finished):
                 path.unlink() if path.is_file() else path.rmdir()
             assert names(output.parent) == []
             if row == 17:
-                journal.watch(journal.checked + 2)
+                journal.watch(journal.last_check + 2)
                 assert names(output.parent) == there
         writer.close()
         if finished:

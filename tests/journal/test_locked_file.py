@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from spmd.journal.locked_file import HeldFile, give_back, holder, locked, take_lock
+from spmd.journal.locked_file import OpenFile, acquire_lock, lock_holder, open_locked, release_lock
 from tests.support.attempts import small_disk
 
 HOLDING = (
-    "import sys, time; from pathlib import Path; from spmd.journal.locked_file import take_lock\n"
+    "import sys, time; from pathlib import Path; from spmd.journal.locked_file import acquire_lock\n"
     "print('ready', flush=True)\n"
-    "lock = take_lock(Path(sys.argv[1]), float(sys.argv[2])); print('held', flush=True); time.sleep(60)"
+    "lock = acquire_lock(Path(sys.argv[1]), float(sys.argv[2])); print('held', flush=True); time.sleep(60)"
 )
 
 
@@ -34,28 +34,28 @@ def test_one_at_a_time_and_a_killed_process_holds_nothing(tmp_path):
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError):
-            take_lock(path, 0.2)
-        assert holder(path).startswith(f"process {process.pid} on {socket.gethostname()}, started 20")
+            acquire_lock(path, 0.2)
+        assert lock_holder(path).startswith(f"process {process.pid} on {socket.gethostname()}, started 20")
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    lock = take_lock(path, 0)
+    lock = acquire_lock(path, 0)
     assert json.loads(path.read_text())["pid"] == os.getpid()
-    give_back(lock)
+    release_lock(lock)
     assert not path.parent.exists()
-    assert holder(path) == "another process"
+    assert lock_holder(path) == "another process"
 
 
 def test_whoever_waits_for_a_lock_that_is_removed_makes_a_new_one(tmp_path):
     path = tmp_path / "parts" / "lock"
-    first = take_lock(path, 0)
+    first = acquire_lock(path, 0)
     waiting = holding(path, 30)
     try:
-        give_back(first)
+        release_lock(first)
         assert waiting.stdout.readline() == "held\n"
         assert json.loads(path.read_text())["pid"] == waiting.pid
         with pytest.raises(BlockingIOError):
-            take_lock(path, 0)
+            acquire_lock(path, 0)
     finally:
         waiting.kill()
         waiting.communicate()
@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    first, second = (locked(tmp_path / "file", time.monotonic()) for _ in range(2))
+    first, second = (open_locked(tmp_path / "file", time.monotonic()) for _ in range(2))
     first.close()
     second.close()
 
@@ -75,7 +75,7 @@ def test_a_file_system_without_locks_is_gone_on_with(tmp_path, monkeypatch):
 def test_what_is_held_comes_back_with_its_lock(tmp_path, lost):
     path = tmp_path / "folder" / "file"
     path.parent.mkdir()
-    with HeldFile(path, lock=True) as held:
+    with OpenFile(path, lock=True) as held:
         held.append(b"one\n")
         held.restore()
         before = path.stat().st_ino
@@ -92,26 +92,26 @@ def test_what_is_held_comes_back_with_its_lock(tmp_path, lost):
         held.append(b"three\n")
         assert path.read_bytes() == b"one\ntwo\nthree\n"
         with pytest.raises(BlockingIOError):
-            HeldFile(path, lock=True)
+            OpenFile(path, lock=True)
 
 
 def test_what_another_put_there_stays_unless_both_are_to_be_locked_and_it_is_not(tmp_path):
     path = tmp_path / "file"
-    with HeldFile(path) as held, open(path, "ab"):
+    with OpenFile(path) as held, open(path, "ab"):
         path.unlink()
         path.write_text("another's")
         held.restore()
         assert path.read_text() == "another's"
-    with HeldFile(path, lock=True) as held:
+    with OpenFile(path, lock=True) as held:
         path.unlink()
-        with HeldFile(path, lock=True), pytest.raises(BlockingIOError):
+        with OpenFile(path, lock=True), pytest.raises(BlockingIOError):
             held.restore()
         held.restore()
         assert path.read_text() == "another's"  # now the first one's again
 
 
 def test_an_append_is_whole_or_nothing(tmp_path):
-    with small_disk(tmp_path / "disk", 64) as disk, HeldFile(disk / "file") as held:
+    with small_disk(tmp_path / "disk", 64) as disk, OpenFile(disk / "file") as held:
         held.append(b"x" * 40_000)
         with pytest.raises(OSError) as failed:
             held.append(b"y" * 60_000)
@@ -125,7 +125,7 @@ def test_an_append_is_whole_or_nothing(tmp_path):
 @pytest.mark.parametrize("torn", [b"", b"c", b"c" * 3_000_000])
 def test_a_torn_last_line_is_dropped(tmp_path, whole, torn):
     (tmp_path / "file").write_bytes(whole + torn)
-    with HeldFile(tmp_path / "file") as held:
+    with OpenFile(tmp_path / "file") as held:
         held.mend()
         held.append(b"d\n")
     assert (tmp_path / "file").read_bytes() == whole + b"d\n"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from spmd.journal.locked_file import HeldFile
+from spmd.journal.locked_file import OpenFile
 from spmd.journal.paths import Paths
 from spmd.journal.writer import PartWriter
 from tests.support.attempts import HEADER, answer, small_disk
@@ -36,7 +36,7 @@ def test_a_part_that_is_deleted_comes_back(tmp_path, noticed, monkeypatch):
         writer.write(row, answer(row), row)
         assert file.exists() or noticed == "at the end"
         if row % 5 == 4:
-            writer.held.restore()
+            writer.file.restore()
     file.unlink()
     writer.close()
     assert [int(line.split("\t")[0]) for line in file.read_text().splitlines()[1:]] == list(range(20))
@@ -77,13 +77,13 @@ def test_a_write_that_fails_is_not_repeated_by_the_next(tmp_path, monkeypatch):
     """As a buffered file would, which keeps what it could not flush."""
     output = str(tmp_path / "out.jsonl")
     with PartWriter(output, 0, HEADER) as writer:
-        append = HeldFile.append
+        append = OpenFile.append
 
         def failing(held, data):
-            monkeypatch.setattr(HeldFile, "append", append)
+            monkeypatch.setattr(OpenFile, "append", append)
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(HeldFile, "append", failing)
+        monkeypatch.setattr(OpenFile, "append", failing)
         with pytest.raises(ValueError, match="Input/output error; the 0 answers"):
             writer.write(0, answer(0), 0)
         writer.write(1, answer(1), 1)
