@@ -14,7 +14,7 @@ def show(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, else its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
