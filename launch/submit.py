@@ -46,8 +46,8 @@ def main(words: list[str]) -> int:
     sys.argv[1:] = overrides
     config = compose()
     nodes, per_node = number(options, "NODES"), number(options, "PROCS" if options["PROCS"] else "GPUS")
-    room = f"NODES={nodes} x {'PROCS' if options['PROCS'] else 'GPUS'}={per_node}"
-    check_processes(config.topology, nodes * per_node, room)
+    size = f"NODES={nodes} x {'PROCS' if options['PROCS'] else 'GPUS'}={per_node}"
+    check_processes(config.topology, nodes * per_node, size)
     check(config, nodes * per_node)
     if options["ARRAY"] and config.shard:
         raise ValueError(f"shard={config.shard} with ARRAY={options['ARRAY']}, which gives each job its own")

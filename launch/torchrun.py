@@ -48,10 +48,10 @@ def _run(arguments: list[str], status: Path) -> int:
     try:
         run.main(arguments)
     except SignalException:
-        said = status.read_text() if status.exists() else ""
-        return int(said or STOPPED)
+        reported = status.read_text() if status.exists() else ""
+        return int(reported or STOPPED)
     except ChildFailedError as failed:
-        return _tell(failed.failures)
+        return _report(failed.failures)
     except (RendezvousError, DistError) as error:
         if signal.getsignal(signal.SIGTERM) is _stop:
             why = str(error.__cause__ or error).splitlines()[0]
@@ -82,7 +82,7 @@ def _quiet() -> Iterator[None]:
     del os.environ[level]
 
 
-def _tell(failures: Mapping[int, Any]) -> int:
+def _report(failures: Mapping[int, Any]) -> int:
     """Say which rank crashed, if one did; the exit code. The others' ends follow from its own."""
     if any(failure.exitcode == USAGE for failure in failures.values()):
         for log in Path(os.environ["PET_LOG_DIR"]).glob("*/attempt_*/[1-9]*/stderr.log"):  # not on the terminal

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from spmd.api.answers import Completion, answer_line, complete, error_line
+from spmd.api.answers import answer_line, complete, error_line
+from spmd.api.choices import Completion
 from spmd.api.rows import BadRow, Job
 from spmd.api.tokenizer import StopChecker
 from spmd.report.metrics import Clock, Metrics

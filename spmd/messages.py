@@ -1,8 +1,11 @@
 """How values and foreign errors are worded in one-line messages."""
 
+import errno
 import json
 import reprlib
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -11,7 +14,7 @@ def show(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, else its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
@@ -24,3 +27,12 @@ def listed(items: Sequence[str], most: int) -> str:
 def readable(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.1f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def cannot_write(what: str, folder: Path, error: OSError) -> str:
+    """That something in a folder can't be written and why, as the beginning of a message."""
+    reason = error.strerror or first_line(error)
+    if error.errno == errno.ENOSPC:
+        usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+        reason += f" ({usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free)"
+    return f"{what} can't be written: {reason}"

@@ -102,7 +102,10 @@ class Files:
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
-    """What all answers depend on besides their rows, the kernels' rounding, and room where max_tokens isn't set."""
+    """What all answers depend on besides their rows and the kernels' rounding.
+
+    max_model_len is among it, for it ends answers where max_tokens isn't set.
+    """
     m = settings.model
     return {
         **fingerprint(m.path, m.load_format, m.revision, m.tokenizer),

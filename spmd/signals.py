@@ -18,7 +18,11 @@ ONE_KEYPRESS = 1.0  # seconds in which a second signal is the same one: Ctrl-C r
 
 
 class Stop:
-    """Whether this rank was asked to stop, and whether the run did."""
+    """Whether this rank was asked to stop, and whether the run did.
+
+    `asked` is written by the thread that reads the signals and, on leaders, by the guard, which passes on what other
+    ranks were asked; it goes from 0 to a code once. The loop reads it. All else the loop's thread writes.
+    """
 
     def __init__(self) -> None:
         self.gently = False  # whether a loop is there to see `asked`
@@ -69,7 +73,7 @@ def listening(rank: int) -> Iterator[Stop]:
 def report(status: int) -> None:
     """Leave the exit status of the run where a launcher looks for it: torchrun and srun make another one of it."""
     if file := os.environ.get("SPMD_STATUS"):
-        with suppress(OSError), open(file, "w") as out:  # a full disk is told of elsewhere
+        with suppress(OSError), open(file, "w") as out:  # a full disk is reported elsewhere
             out.write(f"{status}\n")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import Job
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
@@ -26,7 +27,7 @@ class Judged:
         self.lines: list[dict[str, Any]] = []
         self.leader = Leader(TOKENIZER, "tested", Metrics(), lambda _, line, *key: self.lines.append(json.loads(line)))
         self.request = Request(0, 0, [*PROMPT], SamplingParams(temperature=0.0, **params))
-        self.leader.take(Job(0, "a", False, [self.request], PROMPT, return_token_ids=True))
+        self.leader.take(Job(0, "a", COMPLETIONS, [self.request], PROMPT, return_token_ids=True))
         self.judged = 0
 
     def token(self, token: int) -> bool:

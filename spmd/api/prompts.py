@@ -13,23 +13,32 @@ RESERVED = {
 }
 
 
-def prompt_tokens(body: Mapping[str, Any], chat: bool, tokenizer: Any, vocab_size: int) -> list[int]:
-    """Token ids of a row's prompt, at least one.
-
-    As in vLLM's server, `add_special_tokens` is by default true for text and false for chat, whose template
-    writes them.
+def text_prompt(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
+    """Token ids of `prompt`, at least one: as given, or of a text, with special tokens unless the row says otherwise.
 
     Raises:
-        ValueError: names what is wrong with the prompt, or why it could not be rendered or tokenized.
+        ValueError: names what is wrong with the prompt, or why it could not be tokenized.
     """
-    if chat:
-        ids = _encode(_render(body, tokenizer), body, tokenizer, special=False)
-    elif isinstance(prompt := body.get("prompt"), str):
-        ids = _encode(prompt, body, tokenizer, special=True)
-    elif isinstance(prompt, list):
-        ids = list(token_ids("prompt", prompt, vocab_size))
-    else:
-        raise ValueError(f"prompt must be a string or a list of token ids, not {show(prompt)}")
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return _checked(_encode(prompt, body, tokenizer, special=True), vocab_size)
+    if isinstance(prompt, list):
+        return _checked(list(token_ids("prompt", prompt, vocab_size)), vocab_size)
+    raise ValueError(f"prompt must be a string or a list of token ids, not {show(prompt)}")
+
+
+def chat_prompt(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
+    """Token ids of `messages` as the chat template writes them, at least one.
+
+    As in vLLM's server, `add_special_tokens` is by default false here, for the template writes them.
+
+    Raises:
+        ValueError: names what is wrong with the messages, or why they could not be rendered or tokenized.
+    """
+    return _checked(_encode(_render(body, tokenizer), body, tokenizer, special=False), vocab_size)
+
+
+def _checked(ids: list[int], vocab_size: int) -> list[int]:
     if not ids:
         raise ValueError("the prompt is empty")
     if max(ids) >= vocab_size:
@@ -38,6 +47,7 @@ def prompt_tokens(body: Mapping[str, Any], chat: bool, tokenizer: Any, vocab_siz
 
 
 def _encode(text: str, body: Mapping[str, Any], tokenizer: Any, special: bool) -> list[int]:
+    """`special`: whether to add special tokens where the body doesn't say."""
     if not text:
         raise ValueError("the prompt is empty")
     if tokenizer is None:
@@ -45,7 +55,8 @@ def _encode(text: str, body: Mapping[str, Any], tokenizer: Any, special: bool) -
     if (given := body.get("add_special_tokens")) is not None:
         special = boolean("add_special_tokens", given)
     try:
-        return tokenizer.encode(text, add_special_tokens=special)
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
+        return ids
     except Exception as error:  # what a tokenizer raises is its own affair: it fails this row only
         raise ValueError(f"the tokenizer failed: {first_line(error)}") from error
 
@@ -65,7 +76,8 @@ def _render(body: Mapping[str, Any], tokenizer: Any) -> str:
         raise ValueError("messages need a chat template, and the tokenizer has none: use 'prompt'")
     arguments = {"add_generation_prompt": generate, "continue_final_message": proceed} | arguments
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        return text
     except Exception as error:  # templates raise what they like, Jinja's errors and Python's
         raise ValueError(f"the chat template failed: {first_line(error)}") from error
 

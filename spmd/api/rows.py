@@ -11,33 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spmd.api.prompts import prompt_tokens
-from spmd.api.sampling_keys import (
-    INT64_MIN,
-    NEUTRAL,
-    boolean,
-    check_sampling,
-    default_sampling,
-    eos_tokens,
-    integer,
-    sampling_params,
-)
+from spmd.api.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
+from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tokens, integer, sampling_params
 from spmd.config import SamplingConfig
 from spmd.messages import show
 from spmd.schedule.request import Request
 
 MAX_LINE_BYTES = 16 * 2**20  # a prompt of a million token ids takes about half of this
-CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body", "metadata"})
-COMMON_KEYS = frozenset({*NEUTRAL, "max_completion_tokens", "priority", "return_token_ids", "add_special_tokens"})
-COMPLETION_KEYS = COMMON_KEYS | {"prompt"}
-CHAT_KEYS = COMMON_KEYS | {
-    "messages",
-    "top_logprobs",
-    "chat_template_kwargs",
-    "continue_final_message",
-    "add_generation_prompt",
-}
+BODY_KEYS = frozenset[str]().union(*(endpoint.keys for endpoint in ENDPOINTS))
+PROMPT_KEYS = tuple(dict.fromkeys(endpoint.prompt_key for endpoint in ENDPOINTS))
 IGNORED_KEYS = frozenset({"model", "user", "metadata", "store", "service_tier", "safety_identifier", "stream_options"})
 # What this engine cannot do, with the value that doesn't ask for it.
 UNSUPPORTED: dict[str, Any] = {
@@ -80,7 +63,7 @@ class Job:
 
     index: int
     custom_id: str
-    chat: bool  # a chat completion, else a text completion
+    endpoint: Endpoint  # what kind of request it is
     requests: list[Request]
     prompt_token_ids: list[int]
     return_token_ids: bool = False
@@ -126,37 +109,21 @@ class RowParser:
     def build(self, row: Row) -> Job | BadRow:
         """The job of a loaded row: checked, tokenized, its defaults filled in."""
         try:
-            chat, body = _request(row.data)
-            values = self.defaults | self._sampling(body, chat)
+            endpoint, body = _request(row.data)
+            values = self.defaults | endpoint.sampling(body, self.vocab_size)
             if values["stop"] and self.tokenizer is None:
                 raise ValueError(f"stop={show(values['stop'])} needs a tokenizer, and the model has none")
             priority = integer(INT64_MIN)("priority", body.get("priority", 0))
             return_token_ids = boolean("return_token_ids", body.get("return_token_ids", False))
-            prompt = prompt_tokens(body, chat, self.tokenizer, self.vocab_size)
-            room = min(self.max_model_len, self.capacity) - len(prompt)
-            if room < 1:
+            prompt = endpoint.prompt(body, self.tokenizer, self.vocab_size)
+            available = min(self.max_model_len, self.capacity) - len(prompt)
+            if available < 1:
                 return BadRow(row.index, row.custom_id, self._too_long(len(prompt)), "context_length_exceeded")
-            params = sampling_params(values, room, row.custom_id, self.eos_token_ids)
+            params = sampling_params(values, available, row.custom_id, self.eos_token_ids)
         except ValueError as error:
             return BadRow(row.index, row.custom_id, str(error))
         requests = [Request(row.index, choice, prompt.copy(), p, priority) for choice, p in enumerate(params)]
-        return Job(row.index, row.custom_id, chat, requests, prompt, return_token_ids)
-
-    def _sampling(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
-        values = dict(body)
-        if "max_completion_tokens" in body:
-            values["max_tokens"] = integer(1)("max_completion_tokens", body["max_completion_tokens"])
-        if not chat:
-            return check_sampling(values, self.vocab_size)
-        # A chat row says whether it wants logprobs, and how many beside the sampled token's in top_logprobs.
-        wanted = values.pop("logprobs", None)
-        top = integer(0, 20)("top_logprobs", body.get("top_logprobs", 0))
-        if top and not wanted:
-            raise ValueError(f"top_logprobs={top} needs logprobs=true")
-        checked = check_sampling(values, self.vocab_size)
-        if wanted is not None:
-            checked["logprobs"] = top if boolean("logprobs", wanted) else None
-        return checked
+        return Job(row.index, row.custom_id, endpoint, requests, prompt, return_token_ids)
 
     def _too_long(self, length: int) -> str:
         if self.max_model_len <= self.capacity:
@@ -196,33 +163,36 @@ def _is_unicode(data: Any) -> bool:
     return True
 
 
-def _request(data: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """Whether a row is chat, and its body without nulls."""
+def _request(data: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
+    """A row's endpoint, and its body without nulls."""
     if data.keys() & {"body", "url", "method"}:
-        chat, body = _batch_request(data)
+        endpoint, body = _batch_request(data)
     else:
         body = {key: value for key, value in data.items() if key != "custom_id"}
-        chat = body.get("messages") is not None
+        given = (endpoint for endpoint in ENDPOINTS if body.get(endpoint.prompt_key) is not None)
+        endpoint = next(given, COMPLETIONS)
     body = {key: value for key, value in body.items() if value is not None}
-    if "prompt" in body and "messages" in body:
-        raise ValueError("the row has both prompt and messages")
-    if (needed := "messages" if chat else "prompt") not in body:
-        raise ValueError(f"the row has no {needed}" if "url" in data else "the row has neither prompt nor messages")
-    _check_keys(body, CHAT_KEYS if chat else COMPLETION_KEYS)
-    return chat, body
+    if len(prompts := [key for key in PROMPT_KEYS if key in body]) > 1:
+        raise ValueError(f"the row has both {' and '.join(prompts)}")
+    if endpoint.prompt_key not in body:
+        missing = f"no {endpoint.prompt_key}" if "url" in data else f"neither {' nor '.join(PROMPT_KEYS)}"
+        raise ValueError(f"the row has {missing}")
+    _check_keys(body, endpoint.keys)
+    return endpoint, body
 
 
-def _batch_request(data: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-    if misplaced := sorted(data.keys() & (CHAT_KEYS | COMPLETION_KEYS)):
+def _batch_request(data: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
+    if misplaced := sorted(data.keys() & BODY_KEYS):
         raise ValueError(f"{misplaced[0]} stands beside body, not in it")
     _check_keys(data, BATCH_KEYS)
     if (method := data.get("method", "POST")) != "POST":
         raise ValueError(f"method={show(method)} must be 'POST'")
-    if (url := data.get("url")) not in (CHAT_URL, COMPLETION_URL):
-        raise ValueError(f"url={show(url)} must be {CHAT_URL} or {COMPLETION_URL}")
+    url, by_url = data.get("url"), {endpoint.url: endpoint for endpoint in ENDPOINTS}
+    if not isinstance(url, str) or url not in by_url:
+        raise ValueError(f"url={show(url)} must be {' or '.join(sorted(by_url))}")
     if not isinstance(body := data.get("body"), dict):
         raise ValueError(f"body must be an object, not {show(body)}")
-    return url == CHAT_URL, body
+    return by_url[url], body
 
 
 def _check_keys(body: Mapping[str, Any], known: frozenset[str]) -> None:

@@ -16,7 +16,7 @@ from spmd.messages import show
 from spmd.schedule.request import SamplingParams
 
 NEUTRAL: dict[str, Any] = {
-    "max_tokens": None,  # as many as there is room for
+    "max_tokens": None,  # as many as fit behind the prompt
     "min_tokens": 0,
     "temperature": 1.0,
     "top_k": 0,
@@ -174,11 +174,13 @@ def eos_tokens(generation_config: Mapping[str, Any], tokenizer: Any, vocab_size:
     return tuple(sorted({token for token in ids if token is not None and 0 <= token < vocab_size}))
 
 
-def sampling_params(values: Mapping[str, Any], room: int, custom_id: str, eos: tuple[int, ...]) -> list[SamplingParams]:
+def sampling_params(
+    values: Mapping[str, Any], available: int, custom_id: str, eos: tuple[int, ...]
+) -> list[SamplingParams]:
     """Sampling parameters of each of a row's n choices, from checked `values` that hold every key of NEUTRAL.
 
-    `room` is how many tokens fit behind the prompt. A larger max_tokens is cut to it, as in vLLM's offline API (its
-    server refuses): the answer's finish_reason is then "length".
+    `available` is how many tokens fit behind the prompt. A larger max_tokens is cut to it, as in vLLM's offline API
+    (its server refuses): the answer's finish_reason is then "length".
 
     Raises:
         ValueError: min_tokens is larger than max_tokens.
@@ -186,7 +188,7 @@ def sampling_params(values: Mapping[str, Any], room: int, custom_id: str, eos: t
     most, least = values["max_tokens"], values["min_tokens"]
     if most is not None and least > most:
         raise ValueError(f"min_tokens={least} is larger than max_tokens={most}")
-    most = room if most is None else min(most, room)
+    most = available if most is None else min(most, available)
     temperature = values["temperature"]
     shared = {key: value for key, value in values.items() if key not in ("n", "seed")}
     shared |= {

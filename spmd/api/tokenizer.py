@@ -123,10 +123,13 @@ class StopChecker:
 
 
 def _decode(tokenizer: Any, tokens: list[int], skip_special_tokens: bool) -> str:
+    text: str
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # several times faster than through transformers
-        return backend.decode(tokens, skip_special_tokens=skip_special_tokens)
-    return tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        text = backend.decode(tokens, skip_special_tokens=skip_special_tokens)
+    else:
+        text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _load_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import Job
 from spmd.api.source import Listed
 from spmd.engine import Engine
@@ -95,7 +96,7 @@ def jobs(running: int, tokens: int, max_tokens: int) -> list[Job]:
     for index in range(running):
         prompt = [(index * 7919 + place) % 50_000 for place in range(tokens + index % BLOCK_SIZE)]
         request = Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0))
-        made.append(Job(index, str(index), False, [request], prompt))
+        made.append(Job(index, str(index), COMPLETIONS, [request], prompt))
     return made
 
 

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from itertools import count
 
+from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import SKIPPED, Skipped
 from spmd.config import WorkloadConfig
@@ -59,4 +60,4 @@ class Workload:
             return SKIPPED
         tokens, output = prompt
         params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-        return Job(index, f"row-{index}", False, [Request(index, 0, tokens, params)], tokens)
+        return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, tokens, params)], tokens)

@@ -36,7 +36,8 @@ def answer(row: dict[str, Any]) -> str | None:
     if row.get("error") or row["response"]["status_code"] != 200:
         return None
     choice = row["response"]["body"]["choices"][0]
-    return choice["message"]["content"] if "message" in choice else choice["text"]
+    text: str = choice["message"]["content"] if "message" in choice else choice["text"]
+    return text
 
 
 def right_answer(text: str) -> str:

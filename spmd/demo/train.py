@@ -67,7 +67,7 @@ def draw(batch: int, is_test: Tensor, generator: torch.Generator) -> Tensor:
     shares = torch.tensor([0.1, 0.2, 0.7])
     limits = torch.tensor([10, 100, LIMIT])[torch.multinomial(shares, 2 * batch, True, generator=generator)]
     a, b = (torch.rand(2 * batch, generator=generator) * limits).long().view(2, batch)
-    rows = a * LIMIT + b
+    rows: Tensor = a * LIMIT + b
     return rows[~is_test[rows]]
 
 

@@ -77,7 +77,7 @@ def read_key(text: bytes) -> tuple[int | None, bool]:
 
 
 class JournalFile:
-    """A journal that is read: all of it in order, or an entry by its place."""
+    """A journal that is read: all of it in order, or an entry by its offset in bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -118,8 +118,8 @@ class FinishedOutput:
         self.file = output
         self.keys, self.kinds, digests = array("Q"), bytearray(), array("Q")
         for line in keys:
-            told, digest = line.split(b"\t")
-            key, failed = read_key(told)
+            key_text, digest = line.split(b"\t")
+            key, failed = read_key(key_text)
             self.keys.append(key or 0)
             self.kinds.append(KEYLESS if key is None else ERROR if failed else ANSWER)
             digests.append(int(digest, 16))

@@ -1,4 +1,8 @@
-"""Whether a run may go on from what lies at its output: only where it was made with the same model and sampling."""
+"""Whether a run may go on from what lies at its output: only where it was made with the same model and sampling.
+
+Every file that holds answers begins with a header, or has one beside it, whose "identity" says what all its answers
+depend on besides their rows. Headers are written before the first answer and never changed.
+"""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +15,8 @@ from spmd.journal.paths import Paths
 INSTEAD = "choose another output, or resume=fresh to answer everything anew"
 
 
-def check_origin(paths: Paths, output: str, header: Header) -> None:
-    """Return if there is nothing, or what a run with this header can go on from.
+def check_identity(paths: Paths, output: str, header: Header) -> None:
+    """Check that there are no answers, or only such as a run with this header can go on from. Only reads.
 
     Raises:
         ValueError: answers that no run made, or one whose identity differs; it names what differs.
@@ -30,10 +34,10 @@ def check_origin(paths: Paths, output: str, header: Header) -> None:
         made = header_of(path)
         if made is None:
             raise ValueError(f"{path} doesn't begin as a run would have written it: {INSTEAD}")
-        if told := _difference(made["identity"], header["identity"]):
+        if differs := _difference(made["identity"], header["identity"]):
             raise ValueError(
                 f"output={output}: {path.name} was made with model.path={made.get('model.path')} and other settings: "
-                f"{told}; {INSTEAD}"
+                f"{differs}; {INSTEAD}"
             )
 
 

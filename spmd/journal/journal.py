@@ -3,6 +3,15 @@
 Answers of a run that was cut stand in `<output>.parts/`, those of a finished one in the output, and those of rows that
 have left the input in `<output>.unused`. All of them count, wherever a row stands now, as long as they depend on the
 same model and sampling.
+
+Who writes: rank 0, which has the output's lock for the whole run, writes everything but the parts of this run, each of
+which the leader of its replica alone appends to. Rank 0 reads the parts of an earlier run once it has their locks too,
+before any leader makes a new part, and those of this run after all leaders have closed them.
+
+Every answer stands in at least one file at any time: parts of an earlier run are deleted after their answers are on the
+disk in `answered`, this run's parts and `answered` after theirs are in the output. The output is replaced by one rename
+of `merged`. A run may be cut at any step around that, and the next start tells where: `merged_keys` without `merged`
+means after the rename, so what follows it is completed; else `merged*` is dropped, and the parts still have everything.
 """
 
 import errno
@@ -17,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from spmd.journal.format import Entry, FinishedOutput, Header, JournalFile, write_entry, write_header
-from spmd.journal.identity import INSTEAD, check_origin, header_of, holds_answers, holds_output
+from spmd.journal.identity import INSTEAD, check_identity, header_of, holds_answers, holds_output
 from spmd.journal.key_table import KeyTable, pack
-from spmd.journal.locked_file import HeldFile, cannot_write, give_back, holder, locked, take_lock
+from spmd.journal.locked_file import OpenFile, acquire_lock, lock_holder, open_locked, release_lock
 from spmd.journal.merge import Merge, Source
 from spmd.journal.paths import Paths
 from spmd.journal.writer import CHECK_EVERY
+from spmd.messages import cannot_write
 
 PATIENCE = 10.0  # seconds that what is left of an earlier run may take to end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -57,12 +67,12 @@ class Journal:
         self.paths = Paths.of(output)
         self.header: dict[str, Any] = json.loads(write_header(header))
         self.deadline = time.monotonic() + patience
-        self.checked = 0.0
-        self.held: list[HeldFile] = []  # files of earlier answers, to be restored if they are deleted
+        self.last_check = 0.0
+        self.files: list[OpenFile] = []  # files of earlier answers, to be restored if they are deleted
         self.sources: list[Source] = []  # what is in them, oldest first
         self._check_path(input)
-        with self._telling("nothing is lost"):
-            self.lock = take_lock(self.paths.lock, patience)
+        with self._reporting("nothing is lost"):
+            self.lock = acquire_lock(self.paths.lock, patience)
             try:
                 self._open(resume == "fresh" and not (again and self._began()))
                 self.known = self._keys(resume == "retry_errors")  # of rows to pass over, for a KeyTable
@@ -76,8 +86,8 @@ class Journal:
         Raises:
             ValueError: another run has come in meanwhile, or a file can't be restored.
         """
-        if now - self.checked > CHECK_EVERY:
-            self.checked = now
+        if now - self.last_check > CHECK_EVERY:
+            self.last_check = now
             self._restore()
 
     def finish(self, dp: int, rows: KeyTable, done: int, by_time: bool = False) -> int:
@@ -93,10 +103,10 @@ class Journal:
             How many answers of rows that are not in the input any more were put aside.
 
         Raises:
-            ValueError: no room, or answers are gone; the next start goes on from there.
+            ValueError: the disk is full, or answers are gone; the next start goes on from there.
         """
         self._restore()
-        with ExitStack() as stack, self._telling("everything is answered and safe, only the output is left to write"):
+        with ExitStack() as stack, self._reporting("everything is answered and safe, only the output is left to write"):
             parts = [stack.enter_context(open(self.paths.part(rank), "rb")) for rank in range(dp)]
             merge = Merge(self.sources, [JournalFile(part) for part in parts], rows)
             if lost := rows.num_set + done - merge.num_rows:
@@ -111,7 +121,7 @@ class Journal:
                 raise
             os.replace(self.paths.merged, self.paths.output)
             self._complete()
-        self._let_go()
+        self._close_files()
         with suppress(OSError):  # what stays is in the output too, and the next start sees that
             for path in (*self.paths.parts(), self.paths.answered):
                 path.unlink()
@@ -119,11 +129,11 @@ class Journal:
 
     def close(self) -> None:
         """Let the next run in."""
-        for held in self.held:
+        for file in self.files:
             with suppress(OSError):
-                held.restore()
-        self._let_go()
-        give_back(self.lock)
+                file.restore()
+        self._close_files()
+        release_lock(self.lock)
 
     def __enter__(self) -> "Journal":
         return self
@@ -132,14 +142,14 @@ class Journal:
         self.close()
 
     def _restore(self) -> None:
-        with self._telling("what was answered in this run is safe"):
-            for held in (self.lock, *self.held):
-                held.restore()
+        with self._reporting("what was answered in this run is safe"):
+            for file in (self.lock, *self.files):
+                file.restore()
 
-    def _let_go(self) -> None:
-        for held in self.held:
-            held.close()
-        self.held.clear()
+    def _close_files(self) -> None:
+        for file in self.files:
+            file.close()
+        self.files.clear()
 
     def _check_path(self, input: str) -> None:
         path = self.paths.output
@@ -149,13 +159,13 @@ class Journal:
             raise ValueError(f"output={self.output} is the input: it would be overwritten")
 
     @contextmanager
-    def _telling(self, safe: str) -> Iterator[None]:
-        """Errors of the file system become messages; `safe` says what isn't lost if the disk is full or fails."""
+    def _reporting(self, safe: str) -> Iterator[None]:
+        """Make messages of the file system's errors; `safe` says what isn't lost if the disk is full or fails."""
         what = f"output={self.output}"
         try:
             yield
         except BlockingIOError as error:
-            who = holder(self.paths.lock)
+            who = lock_holder(self.paths.lock)
             raise ValueError(f"{what} is in use by {who}: let it end, or choose another output") from error
         except OSError as error:
             then = f"; {safe}: mend that, then start again with the same output" if error.errno in FULL else ""
@@ -175,12 +185,12 @@ class Journal:
             self._complete()
         self._discard()
         if not fresh:
-            check_origin(paths, self.output, self.header)
+            check_identity(paths, self.output, self.header)
         with ExitStack() as stack:
-            parts = [stack.enter_context(locked(path, self.deadline)) for path in paths.parts()]
+            parts = [stack.enter_context(open_locked(path, self.deadline)) for path in paths.parts()]
             if fresh:
                 paths.answered.unlink(missing_ok=True)
-            answered = self._hold(paths.answered)
+            answered = self._keep_open(paths.answered)
             answered.mend()
             if not self._is_ours(paths.answered):  # then it holds no answers
                 os.ftruncate(answered.fd, 0)
@@ -193,23 +203,23 @@ class Journal:
             for part in parts:
                 part.path.unlink()
         if holds_output(paths) and self._is_ours(paths.keys):
-            with self._hold(paths.keys, reading=True).reader() as keys:
+            with self._keep_open(paths.keys, reading=True).reader() as keys:
                 keys.readline()
-                self.sources.append(FinishedOutput(self._hold(paths.output, reading=True).reader(), keys))
+                self.sources.append(FinishedOutput(self._keep_open(paths.output, reading=True).reader(), keys))
         if self._is_ours(paths.unused):
-            self.sources.append(JournalFile(self._hold(paths.unused, reading=True).reader()))
+            self.sources.append(JournalFile(self._keep_open(paths.unused, reading=True).reader()))
         self.sources.append(JournalFile(answered.reader()))
 
-    def _hold(self, path: Path, reading: bool = False) -> HeldFile:
-        self.held.append(HeldFile(path, reading))
-        return self.held[-1]
+    def _keep_open(self, path: Path, reading: bool = False) -> OpenFile:
+        self.files.append(OpenFile(path, reading))
+        return self.files[-1]
 
     def _is_ours(self, path: Path) -> bool:
         made = header_of(path)
         return made is not None and made["identity"] == self.header["identity"]
 
-    def _collect(self, answered: HeldFile, parts: Iterable[HeldFile]) -> None:
-        """Append what the last attempt's parts hold to what earlier ones answered, or nothing if there is no room."""
+    def _collect(self, answered: OpenFile, parts: Iterable[OpenFile]) -> None:
+        """Append what the last attempt's parts hold to what earlier ones answered, or nothing if it doesn't fit."""
         size = os.fstat(answered.fd).st_size
         entries = heapq.merge(*(_keyed(JournalFile(part.reader())) for part in parts), key=lambda entry: entry.time)
         try:
@@ -245,7 +255,7 @@ class Journal:
         os.replace(paths.merged_keys, paths.keys)
 
     def _discard(self) -> None:
-        """Drop a replacement that was not completed, in the order that doesn't make it look like one that was."""
+        """Drop a replacement that was not completed: `merged` last, without which it would look like one that was."""
         for path in (self.paths.merged_unused, self.paths.merged_keys, self.paths.merged):
             path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""A set of 64-bit keys that is told to all ranks and stays small: 16 bytes a key, where a dict would take 150."""
+"""A set of 64-bit keys that travels to all ranks and stays small: 16 bytes a key, where a dict would take 150."""
 
 from array import array
 from bisect import bisect_left
@@ -22,7 +22,7 @@ class KeyTable:
         return len(self.keys)
 
     def find(self, key: int | None) -> int:
-        """Place of a key in `keys` and `values`; -1 if it isn't there."""
+        """Position of a key in `keys` and `values`; -1 if it isn't there."""
         if key is None:
             return -1
         place = bisect_left(self.keys, key)
@@ -38,6 +38,6 @@ class KeyTable:
         return True
 
 
-def pack(keys: array) -> bytes:
-    """Keys, in any order and perhaps twice, as a KeyTable takes them and as they travel."""
+def pack(keys: "array[int]") -> bytes:
+    """Keys, in any order and perhaps twice, as a KeyTable takes them and as they travel: uint64, ascending."""
     return np.unique(np.frombuffer(keys, np.uint64)).tobytes()

@@ -1,6 +1,8 @@
-"""Files that a run holds open, so that neither deletion nor another run can take from it what is in them; and the lock.
+"""Files that a run keeps open, so that neither deletion nor another run can take from it what is in them; and the lock.
 
-Locks are flock's: they end with the process that holds them, however it ends. Where a file system has none, two runs on
+Deletion takes a file's name; its content stays for those who have it open, and `restore` writes it anew under the name.
+Against other runs there are flock's locks: one open file at a time has a file's lock, and it ends with the process,
+however that ends. Only who has opened a file with its lock writes to it. Where a file system has no locks, two runs on
 one output aren't kept apart. The lock of an output is a file among its parts that says who works there.
 """
 
@@ -8,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 from contextlib import suppress
@@ -16,15 +17,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from spmd.messages import first_line
-
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 UNLOCKABLE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL)
 COPY_BYTES = 2**20
+POLL = 0.1  # seconds between attempts to lock a file
 
 
-class HeldFile:
-    """A file held open: for appending, made if it isn't there, or for reading alone.
+class OpenFile:
+    """A file kept open: for appending, made if it isn't there, or for reading alone. With `lock`, locked too.
 
     Raises:
         OSError: it can't be opened; BlockingIOError: it is to be locked, and somebody else has.
@@ -40,14 +40,14 @@ class HeldFile:
 
     @property
     def in_place(self) -> bool:
-        """Whether the path still leads to what is held."""
+        """Whether the path still leads to this file."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
         except FileNotFoundError:
             return False
 
     def reader(self) -> IO[bytes]:
-        """A reader of what is held, also of what `restore` makes of it. The file stays open when it is closed."""
+        """A reader of its content, also of what `restore` makes of it. Closing the reader leaves the file open."""
         return open(self.fd, "rb", closefd=False)
 
     def append(self, data: bytes) -> None:
@@ -74,7 +74,11 @@ class HeldFile:
         os.ftruncate(self.fd, end)
 
     def restore(self) -> None:
-        """Write the file anew if it was deleted or moved. In place of another one only if that is to be locked too.
+        """Write the file anew if it was deleted or moved.
+
+        Where another file stands in its place by now, that one stays; but if this file is locked, the other one is
+        replaced once its lock is had too, which shows that nobody writes it. `fd` stays the same number, so that
+        readers go on in the new file, whose content is equal. The new file is locked before the old one is let go.
 
         Raises:
             OSError: it can't be written; BlockingIOError: by now another process has locked it.
@@ -83,9 +87,9 @@ class HeldFile:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            HeldFile(self.path, lock=True).close()
+            OpenFile(self.path, lock=True).close()
             self.path.unlink()
-        anew = HeldFile(self.path, lock=self.lock)
+        anew = OpenFile(self.path, lock=self.lock)
         offset = 0
         while block := os.pread(self.fd, COPY_BYTES, offset):
             anew.append(block)
@@ -103,23 +107,15 @@ class HeldFile:
             os.close(self.fd)
         self.fd = -1
 
-    def __enter__(self) -> "HeldFile":
+    def __enter__(self) -> "OpenFile":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def cannot_write(what: str, folder: Path, error: OSError) -> str:
-    """That something in a folder can't be written and why, as the beginning of a message."""
-    reason = error.strerror or first_line(error)
-    if error.errno == errno.ENOSPC:
-        usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
-        reason += f" ({usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free)"
-    return f"{what} can't be written: {reason}"
-
-
 def _lock(fd: int) -> bool:
+    """Whether the lock is had, or the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -129,20 +125,21 @@ def _lock(fd: int) -> bool:
     return True
 
 
-POLL = 0.1  # seconds
-
-
-def take_lock(path: Path, patience: float) -> HeldFile:
+def acquire_lock(path: Path, patience: float) -> OpenFile:
     """Lock the file, made with its folder if need be, and write into it who does.
 
+    Whoever had the lock removes the file, see `release_lock`, perhaps between our opening it and our lock: then we have
+    locked a file without a name, while others may make and lock a new one. So the path is looked at once more when the
+    lock is had; only who finds the same file there has the output, and all others begin again.
+
     Raises:
-        BlockingIOError: after `patience` seconds somebody still holds it; its message says who.
+        BlockingIOError: after `patience` seconds somebody still has it.
     """
     deadline = time.monotonic() + patience
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the run before has just removed the folder
-            lock = locked(path, deadline)
+            lock = open_locked(path, deadline)
             if lock.in_place:
                 os.ftruncate(lock.fd, 0)
                 lock.append(json.dumps(_me()).encode())
@@ -152,23 +149,26 @@ def take_lock(path: Path, patience: float) -> HeldFile:
             raise BlockingIOError(f"{path} is another file at each look")
 
 
-def locked(path: Path, deadline: float) -> HeldFile:
-    """A file opened and locked; one that was killed a moment ago may still hold it.
+def open_locked(path: Path, deadline: float) -> OpenFile:
+    """A file opened and locked; a process that was killed a moment ago may still have its lock.
 
     Raises:
-        BlockingIOError: somebody still holds it at `deadline`, by the monotonic clock.
+        BlockingIOError: somebody still has it at `deadline`, by the monotonic clock.
     """
     while True:
         try:
-            return HeldFile(path, lock=True)
+            return OpenFile(path, lock=True)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise
         time.sleep(POLL)
 
 
-def give_back(lock: HeldFile) -> None:
-    """Remove the lock, and its folder if nothing else is in it. Somebody who waits for it finds it gone and retries."""
+def release_lock(lock: OpenFile) -> None:
+    """Remove the lock file, and its folder if nothing else is in it; only then give up the lock.
+
+    Somebody who waits for the lock gets it on a file that is gone by then, sees that, and makes a new one.
+    """
     with suppress(OSError):
         if lock.in_place:
             lock.path.unlink()
@@ -176,7 +176,7 @@ def give_back(lock: HeldFile) -> None:
     lock.close()
 
 
-def holder(path: Path) -> str:
+def lock_holder(path: Path) -> str:
     """Who wrote the lock file, for people."""
     try:
         who = json.loads(path.read_bytes())

@@ -1,4 +1,7 @@
-"""From all answers to the next output: every row's newest one, in the order that was asked for."""
+"""From all answers to the next output: every row's newest one, in the order that was asked for.
+
+Rank 0 does it alone, after all leaders have closed their parts: nobody writes to what is read here.
+"""
 
 import os
 from array import array
@@ -23,7 +26,9 @@ class Source(Protocol):
 
 
 class Merge:
-    """Finds the newest answer of every row. Memory: 16 bytes a row and 8 a row that left the input, and one answer.
+    """Finds the newest answer of every row: of several that a row has, that of the latest source.
+
+    Memory: 16 bytes a row and 8 a row that left the input, and one answer.
 
     Args:
         earlier: answers of earlier runs, oldest first; a row of today's input is found by its key.
@@ -33,32 +38,36 @@ class Merge:
 
     def __init__(self, earlier: Sequence[Source], parts: Sequence[Source], rows: KeyTable) -> None:
         self.sources = [*earlier, *parts]
-        self.of_rows, self.times = array("q"), array("q")  # paths of answers, and when they were given, by row
-        self.unused = array("q", [-1]) * len(rows)  # paths of answers to rows that aren't in the input, by key
+        self.locations, self.times = array("q"), array("q")  # by row: its answer's location, and when it was given
+        self.unused = array("q", [-1]) * len(rows)  # by key: locations of answers to rows that aren't in the input
         for number, source in enumerate(self.sources):
             for offset, entry in source.entries():
-                place = offset * len(self.sources) + number
+                location = offset * len(self.sources) + number
                 if number >= len(earlier):
-                    self._put(entry.row, place, entry.time)
+                    self._put(entry.row, location, entry.time)
                 elif (at := rows.find(entry.key)) >= 0 and rows.values[at] >= 0:
-                    self._put(rows.values[at], place, entry.time)
+                    self._put(rows.values[at], location, entry.time)
                 elif at >= 0:
-                    self.unused[at] = place
-        self.num_rows = sum(place >= 0 for place in self.of_rows)
-        self.num_unused = sum(place >= 0 for place in self.unused)
+                    self.unused[at] = location
+        self.num_rows = sum(location >= 0 for location in self.locations)
+        self.num_unused = sum(location >= 0 for location in self.unused)
 
     def write(self, paths: Paths, header: Header, by_time: bool = False) -> None:
         """Write `paths.merged` and what belongs to it, in input order or as the answers were given.
 
+        All of it is on the disk when this returns. `merged` is made before `merged_keys`: the latter without the
+        former is the mark of a replacement that has happened, see `Journal`.
+
         Raises:
-            OSError: there is no room for it, say.
+            OSError: the disk is full, say.
         """
-        order = np.argsort(np.frombuffer(self.times, np.int64), kind="stable") if by_time else range(len(self.of_rows))
+        times = np.frombuffer(self.times, np.int64)
+        order = np.argsort(times, kind="stable") if by_time else range(len(self.locations))
         with open(paths.merged, "wb") as merged, open(paths.merged_keys, "wb") as keys:
             keys.write(write_header(header))
             for row in order:
-                if self.of_rows[row] >= 0:
-                    entry = self._read(self.of_rows[row])
+                if self.locations[row] >= 0:
+                    entry = self._read(self.locations[row])
                     merged.write(entry.answer + b"\n")
                     keys.write(keys_line(entry))
             for file in (merged, keys):
@@ -66,16 +75,17 @@ class Merge:
                 os.fsync(file.fileno())
         with open(paths.merged_unused, "wb") as unused:
             unused.write(write_header(header))
-            unused.writelines(write_entry(self._read(place)) for place in self.unused if place >= 0)
+            unused.writelines(write_entry(self._read(location)) for location in self.unused if location >= 0)
             unused.flush()
             os.fsync(unused.fileno())
 
-    def _put(self, row: int, place: int, time: int) -> None:
-        if row >= len(self.of_rows):
-            more = row + 1 - len(self.of_rows)
-            self.of_rows.extend([-1] * more)
+    def _put(self, row: int, location: int, time: int) -> None:
+        """`location`: the offset in the source, and which source that is, as one number."""
+        if row >= len(self.locations):
+            more = row + 1 - len(self.locations)
+            self.locations.extend([-1] * more)
             self.times.extend([0] * more)
-        self.of_rows[row], self.times[row] = place, time
+        self.locations[row], self.times[row] = location, time
 
-    def _read(self, place: int) -> Entry:
-        return self.sources[place % len(self.sources)].read(place // len(self.sources))
+    def _read(self, location: int) -> Entry:
+        return self.sources[location % len(self.sources)].read(location // len(self.sources))

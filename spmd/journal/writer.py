@@ -5,14 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from spmd.journal.format import Entry, Header, write_entry, write_header
-from spmd.journal.locked_file import HeldFile, cannot_write
+from spmd.journal.locked_file import OpenFile
 from spmd.journal.paths import Paths
+from spmd.messages import cannot_write
 
 CHECK_EVERY = 1.0  # seconds; on a network file system a look at a file waits until all of it is written
 
 
 class PartWriter:
     """Appends the answers of one replica, each by one write that is seen at once; a killed run tears the last at most.
+
+    The leader of the replica alone writes its part, from one thread, and has it locked. Rank 0 reads it: in this run
+    after `close` on every leader, which a collective orders; in the next one once it has the part's lock.
 
     A part that is deleted under way is noticed within a second, or when it is closed, and written anew.
 
@@ -25,38 +29,38 @@ class PartWriter:
         """`header` tells later starts what the answers depend on, see `spmd.journal.format`."""
         self.path = Paths.of(output).part(dp_rank)
         self.written = 0
-        self.checked = time.monotonic()
-        with self._telling():
+        self.last_check = time.monotonic()
+        with self._reporting():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.held = HeldFile(self.path, lock=True)
-            self.held.append(write_header(header))
+            self.file = OpenFile(self.path, lock=True)
+            self.file.append(write_header(header))
 
     def write(self, index: int, answer: str, key: int | None = None, failed: bool = False) -> None:
         """Append the answer line (without newline) of row `index`.
 
         `key`: of the row's content, None if later attempts shall not pass over it; `failed`: the answer is an error.
         """
-        with self._telling():
-            self.held.append(write_entry(Entry(index, time.time_ns(), key, failed, answer.encode())))
+        with self._reporting():
+            self.file.append(write_entry(Entry(index, time.time_ns(), key, failed, answer.encode())))
             self.written += 1
-            if (now := time.monotonic()) - self.checked > CHECK_EVERY:
-                self.checked = now
-                self.held.restore()
+            if (now := time.monotonic()) - self.last_check > CHECK_EVERY:
+                self.last_check = now
+                self.file.restore()
 
     def close(self) -> None:
         """Close it before rank 0 merges: on a network file system only then the last rows are sure to be seen."""
-        with self, self._telling():
-            self.held.restore()
-            self.held.sync()
+        with self, self._reporting():
+            self.file.restore()
+            self.file.sync()
 
     def __enter__(self) -> "PartWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.held.close()
+        self.file.close()
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _reporting(self) -> Iterator[None]:
         try:
             yield
         except BlockingIOError as error:

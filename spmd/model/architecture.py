@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from spmd.integers import round_up
+from spmd.messages import first_line
 from spmd.model.cache_spec import CacheSpec
 from spmd.model.linear import Dense, WeightFormat
 from spmd.model.rope import ROPE_TYPES, RopeConfig
@@ -201,7 +202,7 @@ def _read_config(path: str, revision: str | None, overrides: dict[str, Any]) -> 
     try:
         values, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         kind = "" if folder.is_dir() else " is neither a model folder nor a Hub id within reach"
         raise ValueError(f"model.path={path}{kind}: {reason}") from error
     name, model_type = _family_name(path, values), values.pop("model_type")

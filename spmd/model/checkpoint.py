@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from spmd.messages import listed
+from spmd.messages import first_line, listed
 from spmd.model.architecture import Architecture
 from spmd.model.decoder import Decoder
 from spmd.model.weights import Piece
@@ -32,7 +32,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"model.path={path} is neither a folder nor a Hub id within reach: {reason}") from error
 
 

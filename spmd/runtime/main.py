@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from spmd.config import Config
 from spmd.config_checks import check
-from spmd.guard.guard import is_symptom
+from spmd.guard.ending import is_symptom
 from spmd.messages import first_line
 from spmd.parallel.groups import disconnect, join
 from spmd.runtime.agreement import ERROR, agree, facts

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from spmd.config_checks import warnings
-from spmd.journal.locked_file import cannot_write
+from spmd.messages import cannot_write
 from spmd.runtime.agreement import from_rank_0, together
 from spmd.settings import Settings
 from spmd.topology import Topology

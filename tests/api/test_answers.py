@@ -1,12 +1,14 @@
 import json
 import math
+from typing import Any
 
 import pytest
 
-from spmd.api.answers import Completion, answer_line, complete, error_line
-from spmd.api.rows import BadRow, RowParser
+from spmd.api.answers import answer_line, complete, error_line
+from spmd.api.choices import Completion
+from spmd.api.rows import BadRow, Job, RowParser
 from spmd.config import SamplingConfig
-from spmd.schedule.request import TokenLogprobs
+from spmd.schedule.request import Request, TokenLogprobs
 from tests.support.tiny_tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -15,21 +17,24 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 HELLO, WORLD = 264, 267  # "hello", " wor"
 
 
-def make_job(**row):
-    return PARSER.parse(json.dumps({"custom_id": "a", **row}).encode(), 0)
+def make_job(**row: Any) -> Job:
+    job = PARSER.parse(json.dumps({"custom_id": "a", **row}).encode(), 0)
+    assert isinstance(job, Job)
+    return job
 
 
-def answer(job, *completions, tokenizer=TOKENIZER):
-    return json.loads(answer_line(job, completions, "tiny", tokenizer))
+def answer(job: Job, *completions: Completion, tokenizer: Any = TOKENIZER) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads(answer_line(job, completions, "tiny", tokenizer))
+    return line
 
 
-def finished(row, output):
+def finished(row: dict[str, Any], output: list[int]) -> Request:
     request = make_job(**row).requests[0]
     request.tokens.extend(output)
     return request
 
 
-def test_completion_answer():
+def test_completion_answer() -> None:
     line = answer(make_job(prompt="hello"), Completion(" wor", [WORLD], "length"))
     assert set(line) == {"id", "custom_id", "response", "error"}
     assert line["id"].startswith("batch_req_") and line["custom_id"] == "a" and line["error"] is None
@@ -44,7 +49,7 @@ def test_completion_answer():
     assert "prompt_token_ids" not in body
 
 
-def test_chat_answer_with_two_choices_and_token_ids():
+def test_chat_answer_with_two_choices_and_token_ids() -> None:
     job = make_job(**CHAT, n=2, return_token_ids=True)
     done = [Completion("hello", [HELLO, 1], "stop"), Completion("", [WORLD], "stop", " wor")]
     body = answer(job, *done)["response"]["body"]
@@ -60,14 +65,14 @@ def test_chat_answer_with_two_choices_and_token_ids():
     assert body["usage"]["completion_tokens"] == 3
 
 
-def test_completion_token_ids():
+def test_completion_token_ids() -> None:
     job = make_job(prompt=[5, 6], return_token_ids=True)
     body = answer(job, Completion("hello", [HELLO], "length"))["response"]["body"]
     assert body["prompt_token_ids"] == body["choices"][0]["prompt_token_ids"] == [5, 6]
     assert body["choices"][0]["token_ids"] == [HELLO]
 
 
-def test_chat_logprobs():
+def test_chat_logprobs() -> None:
     logprobs = [TokenLogprobs(-0.5, 1, [(HELLO, -0.5), (WORLD, -math.inf)])]
     body = answer(make_job(**CHAT), Completion("hello", [HELLO], "length", None, logprobs))["response"]["body"]
     hello = {"token": "hello", "logprob": -0.5, "bytes": list(b"hello")}
@@ -75,7 +80,7 @@ def test_chat_logprobs():
     assert body["choices"][0]["logprobs"] == {"content": [hello | {"top_logprobs": [hello, world]}]}
 
 
-def test_completion_logprobs():
+def test_completion_logprobs() -> None:
     logprobs = [TokenLogprobs(-0.5, 1, [(WORLD, -0.25)]), TokenLogprobs(-1.0, 2, [])]
     done = Completion("hello wor", [HELLO, WORLD], "length", None, logprobs)
     assert answer(make_job(prompt="x"), done)["response"]["body"]["choices"][0]["logprobs"] == {
@@ -86,25 +91,25 @@ def test_completion_logprobs():
     }
 
 
-def test_without_a_tokenizer_tokens_are_named_by_id():
+def test_without_a_tokenizer_tokens_are_named_by_id() -> None:
     done = Completion("", [5], "length", None, [TokenLogprobs(-0.5, 1, [])])
     choice = answer(make_job(prompt=[7]), done, tokenizer=None)["response"]["body"]["choices"][0]
     assert choice["text"] == "" and choice["logprobs"]["tokens"] == ["token_id:5"]
 
 
-def test_error_line():
+def test_error_line() -> None:
     line = json.loads(error_line(BadRow(3, "row-3", "temperature=-1 must be at least 0")))
     assert line["response"] is None and line["custom_id"] == "row-3"
     assert line["error"] == {"code": "invalid_request", "message": "temperature=-1 must be at least 0"}
 
 
-def test_lines_are_one_line_and_the_same_in_every_run():
+def test_lines_are_one_line_and_the_same_in_every_run() -> None:
     job, done = make_job(prompt="x"), Completion("a\nb\u2028\tü€", [5], "stop", 7)
     line = answer_line(job, [done], "tiny", TOKENIZER)
     assert line == answer_line(job, [done], "tiny", TOKENIZER)
     assert "\n" not in line and "\t" not in line and "ü€" in line
     assert json.loads(line)["response"]["body"]["choices"][0]["text"] == done.text
-    other = PARSER.parse(b'{"custom_id": "b", "prompt": "x"}', 0)
+    other = make_job(custom_id="b", prompt="x")
     assert answer(job, done)["id"] != answer(other, done)["id"]
 
 
@@ -120,12 +125,14 @@ def test_lines_are_one_line_and_the_same_in_every_run():
         ({"ignore_eos": True, "skip_special_tokens": False}, [1, HELLO], ("length", None), "<eos>hello"),
     ],
 )
-def test_complete_leaves_the_ending_token_out_of_the_text(row, output, reason, text):
+def test_complete_leaves_the_ending_token_out_of_the_text(
+    row: dict[str, Any], output: list[int], reason: tuple[str, int | None], text: str
+) -> None:
     done = complete(TOKENIZER, finished({"prompt": "x"} | row, output), *reason)
     assert (done.text, list(done.token_ids)) == (text, output)
     assert (done.finish_reason, done.stop_reason) == reason
 
 
-def test_complete_takes_the_text_cut_at_a_stop_string():
+def test_complete_takes_the_text_cut_at_a_stop_string() -> None:
     done = complete(TOKENIZER, finished({"prompt": "x", "stop": "llo"}, [HELLO]), "stop", "llo", "he")
     assert (done.text, list(done.token_ids), done.stop_reason) == ("he", [HELLO], "llo")

@@ -1,13 +1,15 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
+from spmd.api.endpoints import CHAT, COMPLETIONS
 from spmd.api.rows import (
     BATCH_KEYS,
-    CHAT_KEYS,
-    COMPLETION_KEYS,
+    BODY_KEYS,
     IGNORED_KEYS,
     MAX_LINE_BYTES,
     UNSUPPORTED,
@@ -18,38 +20,48 @@ from spmd.api.rows import (
     load,
 )
 from spmd.config import SamplingConfig
+from spmd.schedule.request import SamplingParams
 from tests.support.broken_rows import MAX_MODEL_LEN, batch, broken_ways, good_row, make_rows
 from tests.support.tiny_tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 
 
-def make_parser(tokenizer=TOKENIZER, sampling=None, generation_config=None, max_model_len=MAX_MODEL_LEN, capacity=1000):
-    config = SamplingConfig(**(sampling or {}))
-    return RowParser(tokenizer, generation_config or {}, config, max_model_len, capacity, len(TOKENIZER))
+def make_parser(
+    tokenizer: Any = TOKENIZER, sampling: Mapping[str, Any] | None = None, capacity: int = 1000
+) -> RowParser:
+    return RowParser(tokenizer, {}, SamplingConfig(**(sampling or {})), MAX_MODEL_LEN, capacity, len(TOKENIZER))
 
 
-def parse(row, **options):
+def parse(row: Mapping[str, Any], **options: Any) -> Job | BadRow:
     return make_parser(**options).parse(json.dumps(row).encode(), 7)
 
 
-def params_of(row, **options):
+def job_of(row: Mapping[str, Any], **options: Any) -> Job:
     job = parse(row, **options)
     assert isinstance(job, Job), job
-    return job.requests[0].params
+    return job
 
 
-def message_of(row, **options):
+def params_of(row: Mapping[str, Any], **options: Any) -> SamplingParams:
+    return job_of(row, **options).requests[0].params
+
+
+def bad_row_of(row: Mapping[str, Any], **options: Any) -> BadRow:
     bad = parse(row, **options)
     assert isinstance(bad, BadRow), bad
-    return bad.message
+    return bad
 
 
-def test_batch_completion():
+def message_of(row: Mapping[str, Any], **options: Any) -> str:
+    return bad_row_of(row, **options).message
+
+
+def test_batch_completion() -> None:
     body = {"model": "m", "prompt": "hello world", "max_tokens": 5, "return_token_ids": True, "priority": -2}
     job = make_parser().parse(batch("a", "/v1/completions", body), 3)
     assert isinstance(job, Job)
-    assert (job.index, job.custom_id, job.chat, job.return_token_ids) == (3, "a", False, True)
+    assert (job.index, job.custom_id, job.endpoint, job.return_token_ids) == (3, "a", COMPLETIONS, True)
     assert job.prompt_token_ids == TOKENIZER.encode("hello world") == [0, 264, 267, 268]
     [request] = job.requests
     assert (request.index, request.choice, request.tokens, request.priority) == (3, 0, job.prompt_token_ids, -2)
@@ -57,19 +69,18 @@ def test_batch_completion():
     assert request.params.eos_token_ids == (TOKENIZER.eos_token_id,)
 
 
-def test_batch_chat_goes_through_the_template():
+def test_batch_chat_goes_through_the_template() -> None:
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     job = make_parser().parse(batch("a", "/v1/chat/completions", {"messages": messages}), 0)
-    assert isinstance(job, Job) and job.chat
+    assert isinstance(job, Job) and job.endpoint is CHAT
     expected = "<|system|>be<eos><|user|>hello<eos><|assistant|>"
     assert job.prompt_token_ids == TOKENIZER.encode(expected, add_special_tokens=False)
 
 
-def test_chat_options_reach_the_template():
-    def text(messages, **more):
-        job = parse({"messages": messages, **more})
-        assert isinstance(job, Job), job
-        return TOKENIZER.decode(job.prompt_token_ids)
+def test_chat_options_reach_the_template() -> None:
+    def text(messages: list[dict[str, str]], **more: Any) -> str:
+        decoded: str = TOKENIZER.decode(job_of({"messages": messages, **more}).prompt_token_ids)
+        return decoded
 
     user, begun = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "he"}
     assert text([user], add_generation_prompt=False) == "<|user|>hello<eos>"
@@ -78,28 +89,33 @@ def test_chat_options_reach_the_template():
     assert text([user], add_special_tokens=True).startswith("<bos><|user|>")
 
 
-def test_short_rows_get_an_id_unless_they_have_one():
-    for row in ({"prompt": "hello"}, {"prompt": [5, 6]}, {"messages": [{"role": "user", "content": "hi"}]}):
+def test_short_rows_get_an_id_unless_they_have_one() -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "hello"},
+        {"prompt": [5, 6]},
+        {"messages": [{"role": "user", "content": "hi"}]},
+    ]
+    for row in rows:
         assert parse(row).custom_id == "row-7"
         assert parse(row | {"custom_id": "mine"}).custom_id == "mine"
-    job = parse({"prompt": [5, 6], "temperature": 0.5, "metadata": {"of": "mine"}})
+    job = job_of({"prompt": [5, 6], "temperature": 0.5, "metadata": {"of": "mine"}})
     assert job.prompt_token_ids == [5, 6] and job.requests[0].params.temperature == 0.5
 
 
-def test_byte_order_mark_line_end_and_nulls_are_harmless():
+def test_byte_order_mark_line_end_and_nulls_are_harmless() -> None:
     job = make_parser().parse(b'\xef\xbb\xbf {"prompt": "hello", "stop": null, "stream": null, "echo": false} \r\n', 0)
     assert isinstance(job, Job) and job.requests[0].params.stop == ()
 
 
-def test_n_choices_share_all_but_their_stream():
-    job = parse({"prompt": "hello", "n": 3})
+def test_n_choices_share_all_but_their_stream() -> None:
+    job = job_of({"prompt": "hello", "n": 3})
     assert [request.choice for request in job.requests] == [0, 1, 2]
     assert len({request.params.stream for request in job.requests}) == 3
     job.requests[0].tokens.append(5)
     assert job.requests[1].tokens == job.prompt_token_ids == TOKENIZER.encode("hello")
 
 
-def test_logprobs_of_both_kinds():
+def test_logprobs_of_both_kinds() -> None:
     chat = {"messages": [{"role": "user", "content": "hi"}]}
     assert params_of({"prompt": "a", "logprobs": 0}).logprobs == 0
     assert params_of({"prompt": "a", "logprobs": 20}).logprobs == 20
@@ -110,7 +126,7 @@ def test_logprobs_of_both_kinds():
     assert params_of(chat | {"logprobs": False}, sampling={"logprobs": 2}).logprobs is None
 
 
-def test_max_tokens_is_cut_to_the_room():
+def test_max_tokens_is_cut_to_what_fits_behind_the_prompt() -> None:
     prompt = [5] * 60
     assert params_of({"prompt": prompt}).max_tokens == 4
     params = params_of({"prompt": prompt, "max_tokens": 50, "min_tokens": 50})
@@ -119,28 +135,28 @@ def test_max_tokens_is_cut_to_the_room():
     assert params_of({"prompt": "a", "max_tokens": 9, "max_completion_tokens": 3}).max_tokens == 3
 
 
-def test_a_prompt_that_leaves_no_room():
+def test_a_prompt_that_leaves_no_token_for_the_output() -> None:
     assert isinstance(parse({"prompt": [5] * 63}), Job)
-    bad = parse({"prompt": [5] * 64})
+    bad = bad_row_of({"prompt": [5] * 64})
     assert bad.code == "context_length_exceeded" and "64 tokens, max_model_len is 64" in bad.message
-    bad = parse({"prompt": [5] * 40}, capacity=32)
+    bad = bad_row_of({"prompt": [5] * 40}, capacity=32)
     assert bad.code == "context_length_exceeded" and "KV cache holds 32" in bad.message and "40 tokens" in bad.message
 
 
-def test_without_a_tokenizer_only_token_ids_go():
-    assert parse({"prompt": [5, 6]}, tokenizer=None).prompt_token_ids == [5, 6]
+def test_without_a_tokenizer_only_token_ids_go() -> None:
+    assert job_of({"prompt": [5, 6]}, tokenizer=None).prompt_token_ids == [5, 6]
     assert "no tokenizer" in message_of({"prompt": "hello"}, tokenizer=None)
     assert "none" in message_of({"messages": [{"role": "user", "content": "hi"}]}, tokenizer=None)
     assert "tokenizer" in message_of({"prompt": [5], "stop": "x"}, tokenizer=None)
 
 
-def test_a_tokenizer_without_a_template():
+def test_a_tokenizer_without_a_template() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     assert "chat template" in message_of({"messages": [{"role": "user", "content": "hi"}]}, tokenizer=tokenizer)
 
 
-def test_ids_that_the_model_does_not_know():
+def test_ids_that_the_model_does_not_know() -> None:
     parser = RowParser(TOKENIZER, {}, SamplingConfig(), 64, 64, vocab_size=100)
     bad = parser.parse(b'{"prompt": "hello"}', 0)
     assert isinstance(bad, BadRow) and "264" in bad.message and "100" in bad.message
@@ -165,26 +181,26 @@ def test_ids_that_the_model_does_not_know():
         ({"messages": [{"role": "poet", "content": "a"}]}, ["template", "poet"]),
     ],
 )
-def test_messages_name_the_reason_the_value_and_the_limit(row, words):
+def test_messages_name_the_reason_the_value_and_the_limit(row: dict[str, Any], words: list[str]) -> None:
     message = message_of(row)
     assert all(word in message for word in words), message
 
 
-def test_a_bad_row_keeps_its_id():
+def test_a_bad_row_keeps_its_id() -> None:
     assert parse({"custom_id": "mine", "prompt": "a", "temperature": float("nan")}).custom_id == "mine"
     assert parse({"custom_id": "mine", "prompt": "\ud800"}).custom_id == "mine"
     assert parse({"custom_id": "\ud800", "prompt": "a"}).custom_id == "row-7"
     assert parse({"custom_id": 5, "prompt": "a"}).custom_id == "row-7"
 
 
-def test_an_absurdly_large_line():
+def test_an_absurdly_large_line() -> None:
     bad = load(b'{"prompt": "' + b"a" * MAX_LINE_BYTES + b'"}', 1)
     assert isinstance(bad, BadRow) and str(MAX_LINE_BYTES) in bad.message and len(bad.message) < 200
 
 
-def test_messages_are_short_one_liners_and_each_way_has_its_own():
+def test_messages_are_short_one_liners_and_each_way_has_its_own() -> None:
     parser = make_parser()
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for way in broken_ways():
         result = parser.parse(way(0), 5)
         if isinstance(result, Job):  # only the duplicate parses by itself
@@ -195,7 +211,7 @@ def test_messages_are_short_one_liners_and_each_way_has_its_own():
     assert len(seen) >= 60 and max(seen.values()) <= 3
 
 
-def test_the_thousand_row_input():
+def test_the_thousand_row_input() -> None:
     rows = make_rows(900, 100)
     assert len(rows) == 1000 and all(row.endswith(b"\n") and row.count(b"\n") == 1 for row in rows)
     parser = make_parser()
@@ -206,12 +222,12 @@ def test_the_thousand_row_input():
     assert isinstance(results[0], Job)
 
 
-def test_no_bytes_make_it_raise():
+def test_no_bytes_make_it_raise() -> None:
     parser = make_parser()
     chance = random.Random(0)
     seeds = [good_row(n) for n in range(4)] * 20 + [way(0) for way in broken_ways()]
     values = [b"null", b"-1", b"1e999", b"NaN", b"true", b'""', b"[]", b"{}", b'"\\udfff"', b"[[1]]", b'{"a":[{}]}']
-    kinds = Counter()
+    kinds: Counter[type] = Counter()
     for _ in range(6000):
         line = bytearray(chance.choice(seeds))
         for _ in range(chance.randint(1, 2)):
@@ -226,18 +242,37 @@ def test_no_bytes_make_it_raise():
     assert kinds[Job] > 20 and kinds[BadRow] > 1000
 
 
-def test_any_value_for_any_key_is_a_job_or_a_bad_row():
+def test_any_value_for_any_key_is_a_job_or_a_bad_row() -> None:
     parser = make_parser()
-    values = [None, True, False, 0, 1, -1, 2.5, 10**40, -(10**40), 1e300, "", "a", [], [1], [[]], ["a"], {}]
+    values: list[object] = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2.5,
+        10**40,
+        -(10**40),
+        1e300,
+        "",
+        "a",
+        [],
+        [1],
+        [[]],
+        ["a"],
+        {},
+    ]
     values += [{"1": 1}, {"a": {}}]
-    keys = sorted(BATCH_KEYS | CHAT_KEYS | COMPLETION_KEYS | IGNORED_KEYS | UNSUPPORTED.keys() | {"", "é"})
-    for base in ({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}):
+    keys = sorted(BATCH_KEYS | BODY_KEYS | IGNORED_KEYS | UNSUPPORTED.keys() | {"", "é"})
+    bases: list[dict[str, Any]] = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+    for base in bases:
         for key in keys:
             for value in values:
                 result = parser.parse(json.dumps(base | {key: value}).encode(), 0)
                 assert isinstance(result, Job | BadRow)
 
 
-def test_load_gives_the_id_without_building():
+def test_load_gives_the_id_without_building() -> None:
     row = load(b'{"custom_id": "a", "temperature": "never looked at"}', 4)
     assert isinstance(row, Row) and (row.index, row.custom_id) == (4, "a")

@@ -1,6 +1,9 @@
 import json
 import random
+from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -11,22 +14,24 @@ from tests.support.tiny_tokenizer import make_tokenizer
 TOKENIZER = make_tokenizer()
 
 
-def ids(text):
-    return TOKENIZER.encode(text, add_special_tokens=False)
+def ids(text: str) -> list[int]:
+    tokens: list[int] = TOKENIZER.encode(text, add_special_tokens=False)
+    return tokens
 
 
-def run(text, stop, prompt="hello", **options):
+def run(text: str, stop: Sequence[str], prompt: str = "hello", **options: Any) -> tuple[str | None, int, str]:
     """Push the tokens of `text`: the stop string, tokens needed, and text."""
     checker = StopChecker(TOKENIZER, ids(prompt), stop, **options)
-    for count, token in enumerate(ids(text), start=1):
+    for token in ids(text):
         if found := checker.push(token):
-            return found, count, checker.text
-    return None, count, checker.text
+            return found, checker.num_tokens, checker.text
+    return None, checker.num_tokens, checker.text
 
 
-def test_load_tokenizer(tmp_path):
+def test_load_tokenizer(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "with")
-    assert load_tokenizer(str(tmp_path / "with")).encode("hello") == TOKENIZER.encode("hello")
+    loaded = load_tokenizer(str(tmp_path / "with"))
+    assert loaded is not None and loaded.encode("hello") == TOKENIZER.encode("hello")
     (tmp_path / "without").mkdir()
     assert load_tokenizer(str(tmp_path / "without")) is None
     (tmp_path / "without" / "tokenizer.json").write_text("{broken")
@@ -35,7 +40,7 @@ def test_load_tokenizer(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_load_generation_config(tmp_path):
+def test_load_generation_config(tmp_path: Path) -> None:
     folder = str(tmp_path)
     assert load_generation_config(folder) == {"eos_token_id": None}
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3, "hidden_size": 8}))
@@ -47,7 +52,7 @@ def test_load_generation_config(tmp_path):
         load_generation_config(folder)
 
 
-def test_output_text_with_and_without_special_tokens():
+def test_output_text_with_and_without_special_tokens() -> None:
     output = [*ids("hello"), TOKENIZER.eos_token_id]
     assert output_text(TOKENIZER, ids("hi"), output, skip_special_tokens=True) == "hello"
     assert output_text(TOKENIZER, ids("hi"), output, skip_special_tokens=False) == "hello<eos>"
@@ -55,7 +60,7 @@ def test_output_text_with_and_without_special_tokens():
     assert output_text(TOKENIZER, ids("hi"), [100_000], skip_special_tokens=True) == ""  # a padded embedding's
 
 
-def test_output_text_keeps_the_space_that_sentencepiece_drops_at_the_start():
+def test_output_text_keeps_the_space_that_sentencepiece_drops_at_the_start() -> None:
     class Metaspace:
         backend_tokenizer = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
 
@@ -63,48 +68,48 @@ def test_output_text_keeps_the_space_that_sentencepiece_drops_at_the_start():
     assert output_text(Metaspace(), [0], [1, 0], skip_special_tokens=True) == " b a"
 
 
-def test_output_text_where_the_prompt_ends_within_a_character():
+def test_output_text_where_the_prompt_ends_within_a_character() -> None:
     euro = ids("€")
     assert len(euro) == 3
     assert output_text(TOKENIZER, euro[:2], [*euro[2:], *ids("x")], True).endswith("x")
 
 
-def test_stop_string_over_several_tokens():
+def test_stop_string_over_several_tokens() -> None:
     assert run("hello world", ["o w"]) == ("o w", 2, "hell")
     assert run("abcdef", ["cde"]) == ("cde", 5, "ab")
     assert run("abcdef", ["cde"], include_stop=True) == ("cde", 5, "abcde")
     assert run("abcdef", ["xyz"]) == (None, 6, "abcdef")
 
 
-def test_the_earliest_stop_string_wins():
+def test_the_earliest_stop_string_wins() -> None:
     assert run("hello", ["o", "ll"]) == ("ll", 1, "he")
 
 
-def test_stop_string_within_one_token_and_at_the_start():
+def test_stop_string_within_one_token_and_at_the_start() -> None:
     assert run("hello", ["he"]) == ("he", 1, "")
 
 
-def test_the_prompt_is_not_searched():
+def test_the_prompt_is_not_searched() -> None:
     assert run("x", ["lox", "hello"]) == (None, 1, "x")
 
 
-def test_stop_strings_of_characters_of_several_bytes():
+def test_stop_strings_of_characters_of_several_bytes() -> None:
     assert run("a€b😀c", ["€b"]) == ("€b", 5, "a")
     assert run("a€b😀c", ["😀"]) == ("😀", 9, "a€b")
 
 
-def test_min_tokens_holds_stop_strings_back():
+def test_min_tokens_holds_stop_strings_back() -> None:
     assert run("ababab", ["b"], min_tokens=3) == ("b", 4, "aba")
 
 
-def test_special_tokens_within_a_stop_string():
+def test_special_tokens_within_a_stop_string() -> None:
     checker = StopChecker(TOKENIZER, [], ["ab"])
     assert [checker.push(token) for token in (*ids("a"), TOKENIZER.eos_token_id, *ids("b"))] == [None, None, "ab"]
     checker = StopChecker(TOKENIZER, [], ["<eos>"], skip_special_tokens=False)
     assert [checker.push(token) for token in (*ids("a"), TOKENIZER.eos_token_id)] == [None, "<eos>"]
 
 
-def test_growing_text_equals_the_text_decoded_at_once():
+def test_growing_text_equals_the_text_decoded_at_once() -> None:
     chance = random.Random(0)
     for _ in range(50):
         prompt, output = ([chance.randrange(len(TOKENIZER)) for _ in range(length)] for length in (9, 60))
@@ -114,9 +119,10 @@ def test_growing_text_equals_the_text_decoded_at_once():
         assert checker.text == output_text(TOKENIZER, prompt, output, True)
 
 
-def test_templates_take_the_date_they_are_given(tmp_path):
+def test_templates_take_the_date_they_are_given(tmp_path: Path) -> None:
     made = make_tokenizer(tmp_path)
     made.chat_template = "{{ strftime_now('%d %b %Y') }}|{{ messages[0]['content'] }}"
     made.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path), now=datetime(2020, 2, 3))
+    assert loaded is not None
     assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "03 Feb 2020|hi"

@@ -33,7 +33,8 @@ def lost_block(engine: Engine) -> None:
 
 def other_token(engine: Engine) -> None:
     """The next packet with tokens reaches this rank with another one."""
-    take, spoilt = PacketWire.take, []
+    take = PacketWire.take
+    spoilt: list[int] = []
 
     def spoil(self: PacketWire) -> Packet:
         packet = take(self)
@@ -67,10 +68,10 @@ def go_wrong(rank: int, config: Config, culprit: int, wrong: Callable[[Engine], 
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     t, ticked = config.topology, Engine.tick
 
-    def tick(self: Engine, number: int) -> None:
-        if rank == culprit and number == AT:
+    def tick(self: Engine, tick: int) -> None:
+        if rank == culprit and tick == AT:
             wrong(self)
-        ticked(self, number)
+        ticked(self, tick)
 
     Engine.tick = tick  # type: ignore[method-assign]  # for good: the process ends with the run
     drive(rank, config, [SLOW_MS] * (t.dp * t.pp * t.tp))
@@ -106,7 +107,7 @@ def test_ranks_that_drift_apart_are_named_with_tick_and_field(
 
 @pytest.mark.parametrize("wrong", [stopped, killed])
 @pytest.mark.parametrize(("topology", "culprit", "keeps_store"), [((2, 2, 1), 3, False), ((1, 2, 1), 0, True)])
-def test_pitfall_13_a_lost_rank_ends_the_run_and_is_named(
+def test_a_lost_rank_ends_the_run_and_is_named(
     last_words: Callable[..., list[str]],
     topology: tuple[int, int, int],
     culprit: int,

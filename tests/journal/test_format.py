@@ -5,14 +5,14 @@ from spmd.journal.format import Entry, JournalFile, read_entry, read_header, wri
 from tests.support.attempts import HEADER, answer
 
 
-def entries(count):
+def entries(count: int) -> list[Entry]:
     keys = [None if row % 7 == 3 else row * 0x1234567 for row in range(count)]
     return [
         Entry(row, 10**18 + row, key, row % 5 == 0 or key is None, answer(row).encode()) for row, key in enumerate(keys)
     ]
 
 
-def test_what_is_written_is_read_with_the_places_of_its_lines():
+def test_what_is_written_is_read_with_the_places_of_its_lines() -> None:
     written = entries(30)
     file = io.BytesIO(write_header(HEADER) + b"".join(map(write_entry, written)))
     assert read_header(file) == HEADER
@@ -22,7 +22,7 @@ def test_what_is_written_is_read_with_the_places_of_its_lines():
     assert [journal.read(offset) for offset, _ in reversed(read)] == written[::-1]
 
 
-def test_pitfall_19_a_journal_torn_anywhere_keeps_all_whole_lines_and_nothing_else():
+def test_a_journal_torn_anywhere_keeps_all_whole_lines_and_nothing_else() -> None:
     written = entries(12)
     lines = [write_header(HEADER), *map(write_entry, written)]
     whole = b"".join(lines)
@@ -34,7 +34,7 @@ def test_pitfall_19_a_journal_torn_anywhere_keeps_all_whole_lines_and_nothing_el
         assert (read_header(file) is not None) == (cut >= ends[0])
 
 
-def test_holes_and_lines_of_others_are_passed_over():
+def test_holes_and_lines_of_others_are_passed_over() -> None:
     rng = random.Random(0)
     lines = [write_entry(entry) for entry in entries(20)]
     file = bytearray(b"".join(lines))

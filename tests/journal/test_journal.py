@@ -4,7 +4,9 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +20,11 @@ OTHER = HEADER | {"identity": {"weights": "b", "sampling.seed": 0, "sampling.top
 
 
 @pytest.fixture
-def output(tmp_path):
+def output(tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
 
 
-def parts(output):
+def parts(output: Path) -> list[Path]:
     return Paths.of(str(output)).parts()
 
 
@@ -30,7 +32,9 @@ def parts(output):
 
 
 @pytest.mark.parametrize("dp", [1, 3])
-def test_answers_stand_in_the_order_of_the_input_or_of_time(output, dp, monkeypatch):
+def test_answers_stand_in_the_order_of_the_input_or_of_time(
+    output: Path, dp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ticks = iter(range(10**18, 10**18 + 1000))
     monkeypatch.setattr("time.time_ns", lambda: next(ticks))
     rows = list(range(50))
@@ -48,11 +52,12 @@ def test_answers_stand_in_the_order_of_the_input_or_of_time(output, dp, monkeypa
     assert rows_of(by_time) == [*rows[:29:-1], *rows[:30], 99]
 
 
-def test_pitfall_19_however_often_a_run_is_cut_and_torn_no_whole_answer_is_lost_and_none_given_twice(output):
+def test_however_often_a_run_is_cut_and_torn_no_whole_answer_is_lost_and_none_given_twice(output: Path) -> None:
     """Attempts with other topologies, at inputs in other orders; the last one's part is torn anywhere after each."""
     rng = random.Random(3)
     for _ in range(12):
-        rows, safe, dp = list(range(40)), set(), 1
+        rows, dp = list(range(40)), 1
+        safe: set[int] = set()
         while True:
             rng.shuffle(rows)
             last = rng.random() < 0.2
@@ -72,14 +77,14 @@ def test_pitfall_19_however_often_a_run_is_cut_and_torn_no_whole_answer_is_lost_
         assert rows_of(output) == [] and dp == 1
 
 
-def test_answers_of_a_cut_run_are_kept_once(output):
+def test_answers_of_a_cut_run_are_kept_once(output: Path) -> None:
     for _ in range(5):
         attempt(output, range(20), cut=3)
     answered = Paths.of(str(output)).answered.read_text().splitlines()
     assert len(answered) == 1 + 3 * 4 and json.loads(answered[0]) == HEADER
 
 
-def test_errors_are_passed_over_or_tried_again(output):
+def test_errors_are_passed_over_or_tried_again(output: Path) -> None:
     odd = range(1, 10, 2)
     assert attempt(output, range(10), failing=odd, cut=6) == list(range(6))
     assert attempt(output, range(10), failing=odd) == list(range(6, 10))
@@ -94,7 +99,7 @@ def test_errors_are_passed_over_or_tried_again(output):
     assert attempt(output, range(10), resume="fresh") == list(range(10))
 
 
-def test_rows_without_a_key_are_done_by_every_run(output):
+def test_rows_without_a_key_are_done_by_every_run(output: Path) -> None:
     for _ in range(2):
         with Journal(str(output), "in.jsonl", HEADER) as journal:
             done = KeyTable(journal.known)
@@ -109,7 +114,7 @@ def test_rows_without_a_key_are_done_by_every_run(output):
 # -- a finished output ------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_output_is_added_to_whatever_became_of_its_lines(output):
+def test_a_finished_output_is_added_to_whatever_became_of_its_lines(output: Path) -> None:
     attempt(output, range(20), dp=2)
     lines = output.read_text().splitlines(keepends=True)
     assert attempt(output, range(20)) == [] and output.read_text() == "".join(lines)
@@ -121,7 +126,7 @@ def test_a_finished_output_is_added_to_whatever_became_of_its_lines(output):
     assert names(output.parent) == ["out.jsonl", "out.jsonl.journal"]
 
 
-def test_a_finished_output_that_was_deleted_answers_nothing(output):
+def test_a_finished_output_that_was_deleted_answers_nothing(output: Path) -> None:
     attempt(output, range(5))
     output.unlink()
     assert attempt(output, range(5)) == list(range(5))
@@ -129,7 +134,7 @@ def test_a_finished_output_that_was_deleted_answers_nothing(output):
     attempt(output, range(5), header=OTHER)  # nobody asks whose keys were left
 
 
-def test_lines_of_others_are_refused_and_left_alone(output):
+def test_lines_of_others_are_refused_and_left_alone(output: Path) -> None:
     attempt(output, range(5))
     edited = output.read_text().replace('{"row": 3', '{"row":  3') + '{"mine": 1}\n'
     output.write_text(edited)
@@ -138,7 +143,7 @@ def test_lines_of_others_are_refused_and_left_alone(output):
     assert output.read_text() == edited
 
 
-def test_an_output_of_unknown_origin_is_refused_unless_it_is_empty(output):
+def test_an_output_of_unknown_origin_is_refused_unless_it_is_empty(output: Path) -> None:
     output.write_text("precious\n")
     with pytest.raises(ValueError, match=r"exists without out.jsonl.journal, .*: choose another output, or resume=fr"):
         attempt(output, range(5))
@@ -155,7 +160,7 @@ def test_an_output_of_unknown_origin_is_refused_unless_it_is_empty(output):
         attempt(empty, range(5))
 
 
-def test_rows_that_leave_the_input_are_kept_and_found_when_they_come_back(output):
+def test_rows_that_leave_the_input_are_kept_and_found_when_they_come_back(output: Path) -> None:
     attempt(output, range(10), failing=[2])
     attempt(output, [7, 8, 20, 9], cut=1)
     assert attempt(output, [7, 8, 9]) == []
@@ -173,17 +178,17 @@ def test_rows_that_leave_the_input_are_kept_and_found_when_they_come_back(output
 
 
 @pytest.mark.parametrize("cut", [2, None])
-def test_another_model_or_sampling_is_refused_with_what_differs(output, cut):
+def test_another_model_or_sampling_is_refused_with_what_differs(output: Path, cut: int | None) -> None:
     attempt(output, range(5), cut=cut)
     before = {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as error:
         attempt(output, range(5), header=OTHER)
     for word in (
         *(f"output={output}: ", "was made with model.path=/models/a", 'weights was "a", is "b"'),
         *("sampling.top_k was null, is 5; choose another output, or resume=fresh to answer everything anew",),
     ):
-        assert word in str(told.value)
-    assert "sampling.seed" not in str(told.value)
+        assert word in str(error.value)
+    assert "sampling.seed" not in str(error.value)
     assert {path: path.read_bytes() for path in output.parent.rglob("*") if path.is_file()} == before
     moved = HEADER | {"model.path": "/elsewhere"}
     assert attempt(output, range(5), header=moved, cut=1) == ([2] if cut else [])
@@ -191,7 +196,7 @@ def test_another_model_or_sampling_is_refused_with_what_differs(output, cut):
     assert attempt(output, range(5), header=OTHER) == [1, 2, 3, 4]
 
 
-def test_a_part_alone_still_says_whose_it_is(output):
+def test_a_part_alone_still_says_whose_it_is(output: Path) -> None:
     """As when the folder was deleted under way, and rank 0 killed before it noticed."""
     attempt(output, range(5), cut=2)
     Paths.of(str(output)).answered.unlink()
@@ -200,7 +205,7 @@ def test_a_part_alone_still_says_whose_it_is(output):
     assert attempt(output, range(5)) == [2, 3, 4]
 
 
-def test_a_requeued_job_that_began_afresh_goes_on(output):
+def test_a_requeued_job_that_began_afresh_goes_on(output: Path) -> None:
     job = HEADER | {"job": "17"}
     attempt(output, range(9))
     assert attempt(output, range(9), resume="fresh", header=job, again=True, cut=2) == [0, 1]  # cut before it began
@@ -211,7 +216,7 @@ def test_a_requeued_job_that_began_afresh_goes_on(output):
     assert attempt(output, range(9), resume="fresh", header=job, again=True) == []  # cut after it was done
 
 
-def test_outputs_that_cannot_be_written_fail_before_the_run(tmp_path):
+def test_outputs_that_cannot_be_written_fail_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for output, words in (
         (tmp_path, "is a directory"),
@@ -225,14 +230,14 @@ def test_outputs_that_cannot_be_written_fail_before_the_run(tmp_path):
     assert (tmp_path / "file").read_text() == "x" and names(tmp_path) == ["file"]
 
 
-def test_output_through_a_symbolic_link_and_into_a_new_folder(tmp_path):
+def test_output_through_a_symbolic_link_and_into_a_new_folder(tmp_path: Path) -> None:
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real" / "deep" / "out.jsonl")
     attempt(tmp_path / "link.jsonl", range(3))
     assert (tmp_path / "link.jsonl").is_symlink() and rows_of(tmp_path / "real" / "deep" / "out.jsonl") == [0, 1, 2]
     assert names(tmp_path) == ["link.jsonl", "real"]
 
 
-def test_shards_have_outputs_of_their_own():
+def test_shards_have_outputs_of_their_own() -> None:
     assert shard_output("a/out.jsonl", [3, 10]) == "a/out-00003-of-00010.jsonl"
     assert shard_output("a/out.jsonl", None) == "a/out.jsonl"
 
@@ -240,15 +245,15 @@ def test_shards_have_outputs_of_their_own():
 # -- one run at a time ------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_is_refused_with_who_holds_the_output(output):
-    with Journal(str(output), "in.jsonl", HEADER), pytest.raises(ValueError) as told:
+def test_a_second_run_is_refused_with_who_holds_the_output(output: Path) -> None:
+    with Journal(str(output), "in.jsonl", HEADER), pytest.raises(ValueError) as error:
         attempt(output, range(3), resume="fresh")
-    assert f"output={output} is in use by process {os.getpid()} on " in str(told.value)
+    assert f"output={output} is in use by process {os.getpid()} on " in str(error.value)
     attempt(output, range(3))
     assert rows_of(output) == [0, 1, 2]
 
 
-def test_a_replica_that_outlives_its_rank_0_is_waited_for(output):
+def test_a_replica_that_outlives_its_rank_0_is_waited_for(output: Path) -> None:
     attempt(output, range(3), cut=1)
     with open(parts(output)[0], "rb+") as straggler:
         fcntl.flock(straggler, fcntl.LOCK_EX)
@@ -258,7 +263,7 @@ def test_a_replica_that_outlives_its_rank_0_is_waited_for(output):
     assert attempt(output, range(3)) == [1, 2]
 
 
-def test_the_end_of_a_run_does_not_race_with_the_next_start(output):
+def test_the_end_of_a_run_does_not_race_with_the_next_start(output: Path) -> None:
     """Processes that start and finish runs on one output as fast as they can."""
     code = (
         "import sys; from tests.support.attempts import *\n"
@@ -271,8 +276,8 @@ def test_the_end_of_a_run_does_not_race_with_the_next_start(output):
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     runs = [subprocess.Popen([*command, first], env=env, stderr=subprocess.PIPE) for first in ("0", "50")]
     for run in runs:
-        _, told = run.communicate(timeout=120)
-        assert run.returncode == 0, told.decode()
+        _, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors.decode()
     assert attempt(output, [*range(15), *range(50, 65)]) == []
     assert names(output.parent) == ["out.jsonl", "out.jsonl.journal"]
 
@@ -281,7 +286,7 @@ def test_the_end_of_a_run_does_not_race_with_the_next_start(output):
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["to the end", "stopped"])
-def test_what_is_deleted_under_way_is_not_lost(output, finished):
+def test_what_is_deleted_under_way_is_not_lost(output: Path, finished: bool) -> None:
     attempt(output, range(10))
     attempt(output, range(5, 15))
     attempt(output, range(20), cut=2)  # answers are in the output, put aside, and in parts
@@ -298,7 +303,7 @@ def test_what_is_deleted_under_way_is_not_lost(output, finished):
                 path.unlink() if path.is_file() else path.rmdir()
             assert names(output.parent) == []
             if row == 17:
-                journal.watch(journal.checked + 2)
+                journal.watch(journal.last_check + 2)
                 assert names(output.parent) == there
         writer.close()
         if finished:
@@ -309,7 +314,7 @@ def test_what_is_deleted_under_way_is_not_lost(output, finished):
     assert rows_of(output) == list(range(20))
 
 
-def test_answers_that_are_gone_are_told_and_answered_again(output):
+def test_answers_that_are_gone_are_reported_and_answered_again(output: Path) -> None:
     attempt(output, range(10))
     with Journal(str(output), "in.jsonl", HEADER) as journal:
         done = KeyTable(journal.known)
@@ -325,7 +330,9 @@ def test_answers_that_are_gone_are_told_and_answered_again(output):
 
 
 @pytest.mark.parametrize("begun", ["auto", "fresh"])
-def test_a_run_that_is_killed_at_any_step_of_its_end_leaves_only_the_rest_of_it_to_do(output, monkeypatch, begun):
+def test_a_run_that_is_killed_at_any_step_of_its_end_leaves_only_the_rest_of_it_to_do(
+    output: Path, monkeypatch: pytest.MonkeyPatch, begun: str
+) -> None:
     """Steps are what changes folders; what is in between changes nothing that anybody sees."""
     for count in range(30):
         attempt(output, range(5, 15), resume="fresh")
@@ -342,20 +349,26 @@ def test_a_run_that_is_killed_at_any_step_of_its_end_leaves_only_the_rest_of_it_
     assert count > 8
 
 
-def killed_at(count, output):
+def killed_at(count: int, output: Path) -> None:
     """A run that is killed at its step of this number, if it has so many."""
     steps = iter(range(count))
 
-    def counted(step):
+    def counted(step: Callable[..., None]) -> Callable[..., None]:
         return lambda *args, **more: os._exit(9) if next(steps, None) is None else step(*args, **more)
 
+    def marked(*args: Any) -> int:
+        output.with_name("answered").touch()
+        return finish(*args)
+
     finish = Journal.finish
-    os.replace, os.unlink, os.rmdir = map(counted, (os.replace, os.unlink, os.rmdir))
-    Journal.finish = lambda *args: (output.with_name("answered").touch(), finish(*args))
-    attempt(output, range(10))
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("replace", "unlink", "rmdir"):
+            patched.setattr(os, name, counted(getattr(os, name)))
+        patched.setattr(Journal, "finish", marked)
+        attempt(output, range(10))
 
 
-def in_a_process(function, *args):
+def in_a_process(function: Callable[..., None], *args: Any) -> bool:
     """Whether a function ends in a process of its own."""
     if not (child := os.fork()):
         try:
@@ -368,7 +381,7 @@ def in_a_process(function, *args):
     return status == 0
 
 
-def test_a_full_disk_loses_nothing_and_the_next_start_goes_on(tmp_path):
+def test_a_full_disk_loses_nothing_and_the_next_start_goes_on(tmp_path: Path) -> None:
     rows, full = range(1600), "can't be written: No space left on device"  # 100 bytes a row in a part
     answered = 0
     with small_disk(tmp_path / "disk", 64) as disk:

@@ -4,7 +4,7 @@ from array import array
 from spmd.journal.key_table import KeyTable, pack
 
 
-def test_a_table_knows_its_keys_and_nothing_else():
+def test_a_table_knows_its_keys_and_nothing_else() -> None:
     rng = random.Random(1)
     keys = [0, 2**64 - 1, *(rng.getrandbits(64) for _ in range(500))]
     table = KeyTable(pack(array("Q", keys + keys[:100])))
@@ -15,12 +15,12 @@ def test_a_table_knows_its_keys_and_nothing_else():
     assert not table.set(5, 1) and table.find(5) == table.find(None) == -1
 
 
-def test_no_keys():
+def test_no_keys() -> None:
     table = KeyTable(pack(array("Q")))
     assert len(table) == 0 and not table.set(1, 1)
 
 
-def test_a_key_takes_16_bytes_and_travels_in_8():
+def test_a_key_takes_16_bytes_and_travels_in_8() -> None:
     packed = pack(array("Q", range(1000)))
     assert len(packed) == 8000
     table = KeyTable(packed)

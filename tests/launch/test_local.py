@@ -80,7 +80,7 @@ def test_threads_are_shared_out_unless_set(venv: Path) -> None:
         (["--prog"], "--prog is generate, bench or preflight, not ''"),
     ],
 )
-def test_config_error_is_told_once_before_any_rank_starts(args: list[str], message: str) -> None:
+def test_config_error_is_reported_once_before_any_rank_starts(args: list[str], message: str) -> None:
     done = launch(*args)
     assert done.returncode == 2
     assert done.stdout == ""

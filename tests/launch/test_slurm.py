@@ -6,7 +6,7 @@ Skipped where SLURM can't be had.
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -146,21 +146,22 @@ def test_a_cancelled_job_is_not_requeued(slurm: Cluster, folder: Path, stand_ins
 def test_a_job_is_requeued_until_each_row_is_answered_once(slurm: Cluster, folder: Path, array: str) -> None:
     """Ended by the warning of its time limit and by the death of a rank."""
     job = make_slurm(slurm, folder, "topology=pp2 output=out.jsonl", NODES=2, PROCS=1)
-    for attempt, end in enumerate([slurm.warn, lambda job: os.kill(pid_of_rank(job, 1), signal.SIGKILL)], 1):
+    ends: list[Callable[[str], None]] = [slurm.warn, lambda job: os.kill(pid_of_rank(job, 1), signal.SIGKILL)]
+    for attempt, end in enumerate(ends, 1):
         until_it_answers(slurm, folder, job, "out.jsonl")
         end(job)
         until(lambda: slurm.job(job)["Restarts"] == str(attempt), f"requeue {attempt}")  # noqa: B023
     ended = slurm.wait(job)
-    told = (folder / "runs" / f"slurm-{job}.out").read_text()
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), told
+    printed = (folder / "runs" / f"slurm-{job}.out").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), printed
     for line in (
         f"job {job} attempt 0: stopped in good order, requeued to go on",
         "error: rank 1 was killed by SIGKILL (local rank 0 on node2, pid ",
         f"job {job} attempt 1: crashed, requeued (failure 1 in a row; the job ends after 3)",
         "[rank 0] answers: out.jsonl",
     ):
-        assert told.count(line) == 1, told
-    assert "Traceback" not in told
+        assert printed.count(line) == 1, printed
+    assert "Traceback" not in printed
     assert list(texts(folder / "out.jsonl")) == [row["custom_id"] for row in read_rows(folder / "in.jsonl")]
     run = folder / "runs" / job
     assert all((run / logs / "rank-1.log").exists() for logs in ("logs.1", "logs.2", "logs"))
@@ -172,9 +173,9 @@ def test_an_array_of_native_jobs_answers_each_row_in_one_of_them(slurm: Cluster,
     answers: dict[str, str] = {}
     for part in range(2):
         job = slurm.wait(f"{array}_{part}")
-        told = Path(job["StdOut"]).read_text()
-        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), told
-        assert told.count(f"job {array}_{part} attempt 0: stopped in good order, requeued to go on") == part
+        printed = Path(job["StdOut"]).read_text()
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), printed
+        assert printed.count(f"job {array}_{part} attempt 0: stopped in good order, requeued to go on") == part
         answers |= texts(folder / f"whole-0000{part}-of-00002.jsonl")
         run = folder / "runs" / job["JobId"]
         assert (run / "logs" / "rank-1.log").exists() and (run / "output" / "0" / "rank-1.log").exists()
@@ -186,16 +187,16 @@ def test_an_array_of_native_jobs_answers_each_row_in_one_of_them(slurm: Cluster,
 def test_a_crash_is_requeued_but_not_for_ever(slurm: Cluster, stand_ins: dict[str, str]) -> None:
     ended = slurm.wait(stand_ins["crashes"])
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
-    told = Path(ended["StdOut"]).read_text()
-    assert told.count("error: rank 1 on node") == 2
-    assert told.endswith("attempt 1: crashed, not requeued after 2 failures in a row\n")
+    printed = Path(ended["StdOut"]).read_text()
+    assert printed.count("error: rank 1 on node") == 2
+    assert printed.endswith("attempt 1: crashed, not requeued after 2 failures in a row\n")
 
 
 def test_nor_is_a_job_whose_time_is_too_short_to_start_up(slurm: Cluster, stand_ins: dict[str, str]) -> None:
     ended = slurm.wait(stand_ins["stops"])
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
-    told = Path(ended["StdOut"]).read_text()
-    assert told.endswith("attempt 1: stopped during start-up, not requeued after 2 failures in a row\n")
+    printed = Path(ended["StdOut"]).read_text()
+    assert printed.endswith("attempt 1: stopped during start-up, not requeued after 2 failures in a row\n")
 
 
 def test_a_mistake_is_not_requeued(slurm: Cluster, stand_ins: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import yaml
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 SBATCH = str(ROOT / "launch" / "slurm.sbatch")
@@ -33,7 +33,7 @@ def dry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def dry(*words: str) -> list[str]:
         assert script("submit").main([*words, "DRY_RUN=1"]) == 0
         command, config = capsys.readouterr().out.split("\n\n", 1)
-        assert yaml.safe_load(config)["topology"]["pp"] == 2
+        assert OmegaConf.select(OmegaConf.create(config), "topology.pp") == 2
         return shlex.split(command)
 
     return dry
@@ -82,7 +82,7 @@ def test_without_gpus(dry: Dry) -> None:
         (["GPUS=1", "ARRAY=2", "shard=[0,2]"], "shard=[0, 2] with ARRAY=2"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_submitted(
+def test_mistakes_are_reported_before_anything_is_submitted(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["submit.py"])

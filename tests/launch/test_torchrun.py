@@ -54,7 +54,7 @@ def test_the_exit_code_is_the_ranks_and_only_a_crash_is_explained(tmp_path: Path
         taken.bind(("", 0))
         taken.listen()
         runs["meet"] = start(tmp_path, "finish", meeting=f"--master-port={taken.getsockname()[1]}")
-        told = {does: run.communicate(timeout=100)[1].splitlines() for does, run in runs.items()}
+        printed = {does: run.communicate(timeout=100)[1].splitlines() for does, run in runs.items()}
     assert {does: run.returncode for does, run in runs.items()} == {
         "finish": 0,
         "mistake": 2,
@@ -63,14 +63,16 @@ def test_the_exit_code_is_the_ranks_and_only_a_crash_is_explained(tmp_path: Path
         "theirs": 2,
         "meet": 1,
     }
-    assert told["finish"] == []
-    assert told["mistake"] == ["error: yours"]
-    assert told["theirs"] == ["error: theirs"]
-    assert len(told["die"]) == 1 and told["die"][0].startswith("error: rank 1 was killed by SIGSEGV (local rank 1 on ")
-    assert len(told["meet"]) == 1 and re.match(
-        "error: .* can't meet the other nodes: .*address .* in use", told["meet"][0]
+    assert printed["finish"] == []
+    assert printed["mistake"] == ["error: yours"]
+    assert printed["theirs"] == ["error: theirs"]
+    assert len(printed["die"]) == 1 and printed["die"][0].startswith(
+        "error: rank 1 was killed by SIGSEGV (local rank 1 on "
     )
-    crash, log, mine = told["crash"]
+    assert len(printed["meet"]) == 1 and re.match(
+        "error: .* can't meet the other nodes: .*address .* in use", printed["meet"][0]
+    )
+    crash, log, mine = printed["crash"]
     assert crash.startswith("error: rank 1 ended with exit code 1 (local rank 1 on ")
     assert log.startswith("the end of ") and log.endswith("/1/stderr.log:")
     assert mine == "error: mine"

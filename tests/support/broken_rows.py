@@ -1,6 +1,8 @@
 """An input with good rows and rows broken in every way there is a message for, to be read with the tiny tokenizer."""
 
 import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 MAX_MODEL_LEN = 64  # what the rows here are made for
@@ -36,12 +38,12 @@ def batch(custom_id: Any, url: Any, body: Any, **more: Any) -> bytes:
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body} | more).encode()
 
 
-def broken_ways() -> list[Any]:
+def broken_ways() -> list[Callable[[int], bytes]]:
     """Functions from a number (for the row's id) to a broken row, each broken in its own way."""
     chat, text = "/v1/chat/completions", "/v1/completions"
     hello = {"prompt": "hello"}
     user = [{"role": "user", "content": "hello"}]
-    bodies: list[tuple[str, Any]] = [
+    bodies: list[tuple[str | None, Any]] = [
         (text, None),
         (text, []),
         (text, {}),
@@ -120,7 +122,17 @@ def broken_ways() -> list[Any]:
         b'{"custom_id": 7, "prompt": "hello"}',
         b'{"custom_id": "good-0", "prompt": "hello"}',
     ]
-    ways = [lambda n, line=line: line for line in lines]
-    ways += [lambda n, url=url, body=body: batch(f"bad-{n}", url, body) for url, body in bodies]
     more: list[dict[str, Any]] = [{"method": "GET"}, {"max_tokens": 4}]
-    return [*ways, *(lambda n, keys=keys: batch(f"bad-{n}", text, hello, **keys) for keys in more)]
+    return [
+        *(partial(_line, line) for line in lines),
+        *(partial(_request, url, body) for url, body in bodies),
+        *(partial(_request, text, hello, more=keys) for keys in more),
+    ]
+
+
+def _line(line: bytes, n: int) -> bytes:
+    return line
+
+
+def _request(url: str | None, body: Any, n: int, more: Mapping[str, Any] | None = None) -> bytes:
+    return batch(f"bad-{n}", url, body, **(more or {}))

@@ -1,0 +1,86 @@
+"""How a rank ends when the run can't go on: it says why, leaves its stacks, takes lost ranks along, and exits.
+
+A user's mistake is a ValueError: one line, exit status 2. Anything else is a crash: a traceback, one line, status 1.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch.distributed as dist
+
+from spmd.messages import first_line
+from spmd.schedule.digests import Diverged
+from spmd.signals import report
+from spmd.topology import Topology
+
+FAILED, USAGE = 1, 2  # exit statuses: something broke; something the user can mend
+log = logging.getLogger("spmd")
+
+
+class Place(NamedTuple):
+    """Where a rank runs."""
+
+    text: str  # role, host and process, for people
+    machine: str  # equal for ranks that can see each other's processes
+    pid: int
+
+
+class End(NamedTuple):
+    """Why the run ends, as the rank that found out tells all others."""
+
+    message: str
+    status: int  # exit status of every rank
+    lost: Sequence[int]  # ranks that give no sign of life: those on their machine kill them
+    teller: int  # the rank that prints the message; the others only write it to their logs
+
+
+def this_place(topology: Topology) -> Place:
+    """Of this rank."""
+    pid = os.getpid()
+    return Place(f"{topology}, {socket.gethostname()}, pid {pid}", _machine(), pid)
+
+
+def own_failure(error: BaseException, rank: int, places: Sequence[Place]) -> End:
+    """What there is to say of an error of this rank's loop; a crash prints its traceback here, at once."""
+    who = f"rank {rank} ({places[rank].text})"
+    if isinstance(error, ValueError):
+        return End(f"{error} [{who}]", USAGE, (), rank)
+    sys.stderr.write("".join(traceback.format_exception(error)))
+    return End(f"{who} failed: {type(error).__name__}: {first_line(error)}", FAILED, (), rank)
+
+
+def is_symptom(error: BaseException) -> bool:
+    """Whether something else is the cause: a peer that is gone, or one that differs."""
+    lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return lost or isinstance(error, (Diverged, dist.DistError))
+
+
+def end_rank(end: End, rank: int, places: Sequence[Place], logs: Path, linger: float) -> NoReturn:
+    """Print or log the message, leave stacks in the log, kill lost ranks of this machine, and exit after `linger` s."""
+    if end.teller == rank:
+        sys.stderr.write(f"error: {end.message}\n")  # at one go, as several ranks may tell at once; print() isn't
+        report(end.status)
+    log.error(end.message)
+    with suppress(OSError), open(logs / f"rank-{rank}.log", "a") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    with suppress(OSError, RuntimeError):
+        for place in (places[lost] for lost in end.lost):
+            if place.machine == _machine() and place.pid != os.getpid():
+                os.kill(place.pid, signal.SIGKILL)
+    time.sleep(linger)
+    os._exit(end.status)  # the loop may wait in a collective for ever, so there is no other way out
+
+
+def _machine() -> str:
+    """What ranks that can see each other's processes have in common: one boot of one kernel, one namespace of pids."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
