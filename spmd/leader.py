@@ -24,6 +24,7 @@ class Choice:
     checker: StopChecker | None
     ends: frozenset[int]  # token ids that end it
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None  # None: it goes on
     stop_reason: int | str | None = None
 
 
@@ -45,7 +46,7 @@ class Leader:
         self.rows: dict[int, Open] = {}
         self.choices: dict[Request, Choice] = {}
 
-    def take(self, row: Job | BadRow) -> None:
+    def open(self, row: Job | BadRow) -> None:
         """A row came in: open it, or write down at once why it can't be answered."""
         if isinstance(row, BadRow):
             self.metrics.rows_failed += 1
@@ -60,21 +61,25 @@ class Leader:
     def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
         """A token for each of `plan.sampled`, and whether the request has ended. Plans come in order.
 
-        A request that ended in an earlier plan is passed over: this one was made before that was known.
+        A request that ended in an earlier plan is passed over: this one was made before that was known. It has a
+        finish reason then, or is none of `choices` any more, since its last token is committed.
         """
         tokens, logprobs = sampled.fetch()
-        now, clocks = perf_counter(), []
+        now, clocks, ended = perf_counter(), [], [False] * len(tokens)
         rows = zip(plan.sampled, tokens, plan.sample_positions, strict=True)
         for place, (request, token, position) in enumerate(rows):
-            if request.finish_reason is None:
-                choice = self.choices[request]
-                clocks.append(choice.clock)
-                if logprobs and (chosen := logprobs[place]):
-                    choice.logprobs.append(chosen)
-                if token in choice.ends or choice.checker or position >= request.full_length:
-                    request.finish_reason = _finish_reason(request, choice, token, position)
+            choice = self.choices.get(request)
+            if choice is None or choice.finish_reason is not None:
+                ended[place] = True
+                continue
+            clocks.append(choice.clock)
+            if logprobs and (chosen := logprobs[place]):
+                choice.logprobs.append(chosen)
+            if token in choice.ends or choice.checker or position >= request.full_length:
+                choice.finish_reason = _finish_reason(request, choice, token, position)
+                ended[place] = choice.finish_reason is not None
         self.metrics.sampled(clocks, now)
-        return tokens, [request.finish_reason is not None for request in plan.sampled]
+        return tokens, ended
 
     def finish(self, request: Request) -> None:
         """A request's last token is committed; write the row's answer once all its choices are there."""
@@ -91,11 +96,11 @@ class Leader:
         self.metrics.rows_ok += 1
 
     def _completion(self, request: Request, choice: Choice) -> Completion:
-        assert request.finish_reason is not None
+        assert choice.finish_reason is not None
         return complete(
             self.tokenizer,
             request,
-            request.finish_reason,
+            choice.finish_reason,
             choice.stop_reason,
             choice.checker.text if choice.checker else None,
             choice.logprobs if request.params.logprobs is not None else None,

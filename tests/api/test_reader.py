@@ -24,9 +24,9 @@ def write(path, lines):
 
 def rows_of(reader, dp=1, dp_rank=0):
     """The rows of one of `dp` replicas, which are dealt out in turn."""
-    taken = [reader.take(dp_rank == 0)]
+    taken = [reader.next_row(dp_rank == 0)]
     while taken[-1] is not None:
-        taken.append(reader.take(len(taken) % dp == dp_rank))
+        taken.append(reader.next_row(len(taken) % dp == dp_rank))
     assert all((row is SKIPPED) == (turn % dp != dp_rank) for turn, row in enumerate(taken[:-1]))
     return taken[dp_rank:-1:dp]
 
@@ -81,7 +81,7 @@ def test_blank_lines_count_nowhere_and_the_last_newline_may_be_missing(tmp_path)
 
 def test_it_streams(tmp_path):
     reader = Reader(write(tmp_path / "in.jsonl", [b'{"prompt": "hello"}\n'] * 1000), PARSER)
-    assert isinstance(reader.take(True), Job)
+    assert isinstance(reader.next_row(True), Job)
     assert reader.rows == 1 and reader.consumed == reader.size // 1000
 
 
@@ -101,7 +101,7 @@ def test_memory_is_a_digest_a_row(tmp_path):
     path = write(tmp_path / "in.jsonl", lines)
     reader = Reader(path, PARSER)
     tracemalloc.start()
-    while reader.take(False):
+    while reader.next_row(False):
         pass
     assert reader.rows == 20000
     peak = tracemalloc.get_traced_memory()[1]
