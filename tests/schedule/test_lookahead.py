@@ -1,5 +1,7 @@
 """Commits that lag: rows are planned before the host knows their input token, or that their request has ended."""
 
+from itertools import pairwise
+
 import pytest
 
 from tests.support.simulation import Simulation, expected_output, make_request, make_scheduler, run_all
@@ -120,3 +122,52 @@ def test_a_block_can_be_shared_once_its_tokens_are_committed(lookahead):
     simulation.add([again]).run()
     assert again.cached == (again.prompt_len - 1) // 4 * 4 >= 8
     assert list(again.output) == expected_output(again)
+
+
+def starts(simulation, request):
+    """Tick and first position of each plan of a request."""
+    return [
+        (plan.tick, start)
+        for plan in simulation.plans
+        for each, start in zip(plan.requests, plan.starts, strict=True)
+        if each is request
+    ]
+
+
+@pytest.mark.parametrize("lookahead", [0, *LATE])
+@pytest.mark.parametrize(("pp", "async_depth"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("num_blocks", [14, 200])
+def test_a_request_may_wait_for_its_last_token_amid_others(pp, async_depth, num_blocks, lookahead):
+    """The simulation asserts that each of its plans starts at a token that is committed; nobody's output changes."""
+    sizes = {"num_blocks": num_blocks, "max_num_batched_tokens": 8, "lookahead": lookahead}
+    scheduler = make_scheduler(8, pp, async_depth, **sizes)
+    requests = [
+        make_request(i, 3 + 2 * (i % 6), 9 + i % 8, stop=STOPS if i % 5 == 3 else (), waits=i % 3 == 0)
+        for i in range(24)
+    ]
+    simulation = run_all(scheduler, requests)
+    assert (scheduler.counters.preemptions > 0) == (num_blocks == 14)
+    waiting = {request.index for request in requests if request.waits_for_token}
+    sampled = [request.index for plan in simulation.plans for request in plan.sampled]
+    for request in requests:
+        rows = sampled.count(request.index)
+        assert rows == request.num_output if request.index in waiting else rows >= request.num_output
+
+
+@pytest.mark.parametrize("lookahead", [0, *LATE])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_one_that_waits_runs_when_its_token_is_committed_and_the_others_as_often_as_ever(pp, lookahead):
+    patient, ordinary = make_request(0, max_tokens=12, waits=True), make_request(1, max_tokens=12)
+    simulation = run_all(make_scheduler(4, pp, lookahead=lookahead, balanced=False), [patient, ordinary])
+
+    def pauses(request):
+        return {later - sooner for (sooner, _), (later, _) in pairwise(starts(simulation, request))}
+
+    assert pauses(patient) == {pp + lookahead}
+    assert pauses(ordinary) == {pp}
+
+
+def test_one_that_waits_may_end_with_any_token():
+    for max_tokens in (1, 2, 5):
+        for stop in ((), tuple(range(89))):
+            run_all(make_scheduler(2, 1, lookahead=2), [make_request(0, max_tokens=max_tokens, stop=stop, waits=True)])
