@@ -73,7 +73,7 @@ def test_equal_plans_whoever_is_late(ranks: Ranks, qwen3: Task, tmp_path: Path, 
 
 def drive_deferring(rank: int, config: Config, defer: int) -> Report:
     """Leave samples where they are for `defer` ticks, as on a GPU."""
-    with patch.object(Stage, "defer", PropertyMock(return_value=defer)):
+    with patch.object(Stage, "result_lag", PropertyMock(return_value=defer)):
         return drive(rank, config)
 
 
