@@ -2,26 +2,127 @@
 
 Nothing here asks another rank what to do. Plans are equal on all ranks of a replica because the schedulers are, and
 they stay so because the only news, sampled tokens and which requests ended, arrive in one packet a tick. Replicas
-tell each other their loads, and from equal loads all ranks draw equal conclusions.
+report their loads to each other, and from equal loads all ranks draw equal conclusions.
+
+What differs between ranks and topologies is in what an engine is given: a stage, a source of rows, its view of the
+replicas and of the results. Each is a Protocol, so a simulation can stand in for any of them.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
-from time import perf_counter
+from typing import Protocol
 
-from spmd.api.rows import Job
-from spmd.api.source import Skipped, Source
-from spmd.leader import Leader
-from spmd.parallel.load import LoadExchange
-from spmd.parallel.packet import NO_DIGESTS, Packet, PacketWire
+from spmd.api.rows import BadRow, Job
+from spmd.api.source import NotYet, Skipped, Source
+from spmd.parallel.packet import Packet
+from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import Sampled
-from spmd.schedule.balance import EXHAUSTED, Balance, Load
-from spmd.schedule.digests import DigestChain, Diverged, first_difference
+from spmd.schedule.balance import EXHAUSTED, Load
+from spmd.schedule.digests import DigestChain, Undigested
 from spmd.schedule.plan import Plan
+from spmd.schedule.request import Request
 from spmd.schedule.scheduler import Scheduler
-from spmd.signals import Stop
-from spmd.stage.stage import Stage
+
+
+class Stage(Protocol):
+    """What runs plans: `spmd.stage.stage`, or a simulation."""
+
+    def run(self, plan: Plan, shared_rows: int | None) -> Sampled | None:
+        """Run a plan; on the leader returns a token for each of `plan.sampled`, None if there are none.
+
+        `shared_rows`: the most rows of any replica's plan in this tick where all share a forward, else None.
+        """
+
+    def drain(self) -> None:
+        """Wait until all that was sent has left."""
+
+
+class Replicas(Protocol):
+    """One replica's view of all. In each tick `listen`, `next_row`, `admits` and `report` are called in this order."""
+
+    loads: Sequence[Load]  # the latest known of all replicas; empty: none yet
+    tokens: int  # output tokens of all replicas, as far as loads tell
+    stopped: int  # who asked the run to stop; known at the same tick everywhere; 0: nobody
+    over: bool  # whether the tick that was reported last is the last one; true at the same tick everywhere
+
+    def listen(self) -> None:
+        """A tick begins: take in what the others reported.
+
+        Raises:
+            Diverged: replicas share one list and yet aren't at the same place in it.
+        """
+
+    def next_row(self, held: int) -> bool | None:
+        """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""
+
+    def put_back(self) -> None:
+        """The row that `next_row` just spoke of isn't there yet."""
+
+    def admits(self, tick: int, running: int, waiting: int) -> bool:
+        """Whether waiting requests may be seated in this tick."""
+
+    def report(self, load: Load) -> int | None:
+        """Say how this replica stands, once its plan of this tick is made.
+
+        Returns:
+            The most rows that any replica has in this tick where all share a forward, else None.
+        """
+
+    def drain(self) -> None:
+        """The run is over: wait until all that was sent has left."""
+
+    @property
+    def frozen_ticks(self) -> int:
+        """Ticks in which requests were held back although there were seats; equal on all ranks of a replica."""
+
+    @property
+    def mixed_ticks(self) -> int:
+        """Ticks in which one replica ran prompts while another only decoded."""
+
+    @property
+    def exchanges(self) -> int:
+        """Loads that this rank has sent."""
+
+    @property
+    def exchange_seconds(self) -> float:
+        """Seconds spent with them."""
+
+
+class Results(Protocol):
+    """What one rank does with what was sampled. `send` and `receive` are called once for each plan, in their order."""
+
+    def open(self, row: Job | BadRow) -> None:
+        """A row of this replica came in."""
+
+    def send(self, plan: Plan, sampled: Sampled | None) -> None:
+        """A plan was run. Its packet leaves now or later, but for a `receive` of it at the latest."""
+
+    def receive(self, plan: Plan) -> Packet:
+        """The packet of the oldest plan of which none was received; waits until it is there."""
+
+    def finish(self, requests: Sequence[Request]) -> None:
+        """The last tokens of these are committed."""
+
+    def figures(self, started: float, ended: float) -> Metrics:
+        """What was counted in a run between two moments on perf_counter's clock."""
+
+
+Watch = Callable[["Engine"], None]
+
+
+def unwatched(engine: "Engine") -> None:
+    """Nobody looks."""
+
+
+def all_of(*watches: Watch) -> Watch:
+    """One that calls all of these, in order."""
+
+    def watch(engine: "Engine") -> None:
+        for each in watches:
+            each(engine)
+
+    return watch
 
 
 class Engine:
@@ -31,44 +132,30 @@ class Engine:
         self,
         scheduler: Scheduler,
         stage: Stage,
-        packets: PacketWire,
         source: Source,
-        balance: Balance,
-        leader: Leader | None,
-        exchange: LoadExchange | None = None,
-        lockstep: bool = False,
-        stop: Stop | None = None,
-        trail: DigestChain | None = None,
-        watch: Callable[["Engine"], None] | None = None,
+        replicas: Replicas,
+        results: Results,
+        digests: DigestChain | Undigested,
+        watch: Watch = unwatched,
     ) -> None:
-        """`leader` is None on all ranks of a replica but one, `exchange` where there is one replica.
+        """`digests`: what the ranks of a replica compare at each tick; all have a DigestChain or none has.
 
-        `lockstep`: replicas share experts, so each tick they agree on the rows of a forward before it; the exchange
-        must have no lag. `stop`: where the leader finds that the run is to stop early. `trail`: the replica's ranks
-        compare at each tick what they did; all have one or none has. `watch` is called after every tick: progress,
-        traces, tests.
+        `watch` is called after every tick: progress, traces, tests.
         """
         self.scheduler = scheduler
         self.stage = stage
-        self.packets = packets
         self.source = source
-        self.balance = balance
-        self.leader = leader
-        self.exchange = exchange
-        self.lockstep = lockstep
-        self.told: list[Load] | None = None  # in lockstep, what was told in the last tick
-        self.stop = stop or Stop()
-        self.trail = trail
+        self.replicas = replicas
+        self.results = results
+        self.digests = digests
         self.watch = watch
         self.ring: deque[Plan] = deque()  # plans in flight, oldest first
-        self.unjudged: deque[tuple[Plan, Sampled | None]] = deque()  # the latest of these; on the leader alone
+        self.depth = scheduler.limits.slots + scheduler.limits.lookahead  # most plans in flight
         self.exhausted = False
         self.rows = 0  # taken from the source for this replica
         self.passed = 0  # rows of the source gone through, for any replica
-        self.output_tokens = 0
-        self.told_tokens = 0  # of these, in loads
+        self.reported = 0  # output tokens, in all loads so far
         self.stopped = 0  # who asked to stop, as the leader passed it on; 0: nobody
-        self.last_finish = 0.0  # on perf_counter's clock, on the leader; 0: none yet
 
     def run(self) -> None:
         """Tick until every row is answered, or somebody asks to stop; then what is in flight is still committed.
@@ -78,81 +165,45 @@ class Engine:
         """
         for tick in count():
             self.tick(tick)
-            if self.watch:
-                self.watch(self)
-            if self.over:
+            self.watch(self)
+            if self.replicas.over:
                 break
-        stopped = self.balance.stopped if self.exchange else self.stopped  # as all ranks know it
+        self.drain()
+
+    def drain(self) -> None:
+        """After the last tick: commit what is in flight, and wait until all that was sent has left."""
         while self.ring:
             self._commit(self.ring.popleft())
-        self.stopped = stopped
         self.stage.drain()
-        if self.exchange:
-            self.exchange.drain()
-
-    @property
-    def over(self) -> bool:
-        """Whether no replica has anything left to do, or all stop early; on all of them after the same tick."""
-        if self.exchange:
-            return self.balance.over or self.balance.stopped > 0
-        return self.stopped > 0 or (self.exhausted and not self.scheduler.num_requests)
+        self.replicas.drain()
 
     def tick(self, tick: int) -> None:
+        """One turn of the loop. With a tick's number all ranks mean the same one."""
         scheduler = self.scheduler
-        if len(self.ring) == scheduler.limits.slots + scheduler.limits.lookahead:
+        if len(self.ring) == self.depth:
             self._commit(self.ring.popleft())
-        if self.exchange:
-            self.balance.see(self.told if self.lockstep else self._listen(self.exchange))
+        self.replicas.listen()
         self._feed()
-        plan = scheduler.schedule(tick, self.balance.admits(tick, scheduler.num_running, len(scheduler.waiting)))
-        if self.trail:
-            plan.digests = self.trail.plan(plan)
-        rows = None
-        if self.exchange:
-            self.exchange.launch(self._load(plan))
-            if self.lockstep:
-                self.told = self._listen(self.exchange)
-                rows = max(load.rows for load in self.told or ())
-        sampled = self.stage.run(plan, rows)
+        plan = scheduler.schedule(tick, self.replicas.admits(tick, scheduler.num_running, len(scheduler.waiting)))
+        plan.digests = self.digests.plan(plan)
+        shared_rows = self.replicas.report(self._load(plan))
+        self.results.send(plan, self.stage.run(plan, shared_rows))
         self.ring.append(plan)
-        if not self.leader:
-            self.packets.post()
-        else:
-            self.unjudged.append((plan, sampled))
-            if len(self.unjudged) > self.stage.result_lag:
-                self._judge(self.leader)
-
-    def _judge(self, leader: Leader) -> None:
-        """Post the packet of the oldest plan that has none."""
-        plan, sampled = self.unjudged.popleft()
-        tokens, finished = leader.judge(plan, sampled) if sampled else ([], [])
-        self.packets.post(Packet(tokens, finished, self.stop.asked, plan.digests or NO_DIGESTS))
 
     def _commit(self, plan: Plan) -> None:
-        if self.leader and self.unjudged and self.unjudged[0][0] is plan:
-            self._judge(self.leader)
-        packet = self.packets.take()
-        if self.trail:
-            if difference := first_difference(plan.digests, packet.digests):
-                raise Diverged(f"tick {plan.tick}: {difference} differ from the leader's")
-            self.trail.commit(packet.tokens, packet.finished)
+        packet = self.results.receive(plan)
+        self.digests.compare(plan, packet.digests)
+        self.digests.commit(packet.tokens, packet.finished)
         self.stopped = self.stopped or packet.stop
-        self.output_tokens += [request.finished for request in plan.sampled].count(False)
-        done = self.scheduler.commit(plan, packet.tokens, packet.finished)
-        if self.leader and done:
-            for request in done:
-                self.leader.finish(request)
-            self.last_finish = perf_counter()
-
-    @staticmethod
-    def _listen(exchange: LoadExchange) -> list[Load] | None:
-        loads = exchange.take()
-        return [Load(*load) for load in loads] if loads else None
+        self.results.finish(self.scheduler.commit(plan, packet.tokens, packet.finished))
 
     def _feed(self) -> None:
-        """Go on in the list as far as replicas need rows, and take those that are this one's."""
-        while not self.exhausted and (own := self.balance.next(self.scheduler.num_requests)) is not None:
-            row = self.source.take(own)
+        """Go on in the list as far as replicas need rows and it has any, and take those that are this one's."""
+        while not self.exhausted and (own := self.replicas.next_row(self.scheduler.num_requests)) is not None:
+            row = self.source.next_row(own)
+            if isinstance(row, NotYet):
+                self.replicas.put_back()
+                break
             if row is None:
                 self.exhausted = True
                 break
@@ -163,13 +214,13 @@ class Engine:
             if isinstance(row, Job):
                 for request in row.requests:
                     self.scheduler.add(request)
-            if self.leader:
-                self.leader.take(row)
+            self.results.open(row)
 
     def _load(self, plan: Plan) -> Load:
-        """What the other replicas are told about this tick."""
+        """What the other replicas learn of this tick."""
         scheduler = self.scheduler
-        tokens, self.told_tokens = self.output_tokens - self.told_tokens, self.output_tokens
+        committed = scheduler.counters.output_tokens
+        tokens, self.reported = committed - self.reported, committed
         return Load(
             running=scheduler.num_running,
             waiting=len(scheduler.waiting),

@@ -3,7 +3,6 @@
 torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.path=DIR input=in.jsonl output=out.jsonl
 """
 
-from collections.abc import Callable
 from datetime import datetime
 from time import monotonic, perf_counter
 
@@ -11,10 +10,10 @@ from spmd.api.reader import Reader
 from spmd.api.rows import RowParser
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
-from spmd.engine import Engine
+from spmd.engine import Engine, Watch, all_of
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
-from spmd.report.profile import all_of, profiled
+from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
 from spmd.run_files import Files, check_paths
@@ -62,10 +61,11 @@ def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> 
     settings, part, journal = worker.settings, files.part, files.journal
     leader = Leader(parser.tokenizer, settings.model.path, Metrics(), part.write) if part else None
     progress = Progress(perf_counter(), settings.progress) if journal else None
-    shown = _show(progress, reader) if progress else None
-    restored = (lambda _: journal.watch(monotonic())) if journal else None
+    watches: list[Watch] = [_show(progress, reader)] if progress else []
+    if journal:
+        watches.append(lambda _: journal.watch(monotonic()))
     with profiled(settings.profile, worker.run_dir, worker.topology.rank) as profiler:
-        metrics = worker.run(reader, leader, all_of(shown, restored, profiler), files.close_part)
+        metrics = worker.run(reader, leader, all_of(*watches, profiler), files.close_part)
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
     return metrics
@@ -102,20 +102,17 @@ def _parser(worker: Worker, now: datetime) -> RowParser:
     )
 
 
-def _show(progress: Progress, reader: Reader) -> Callable[[Engine], None]:
-    """Rank 0 knows its own replica, and of several what they told a few ticks ago."""
+def _show(progress: Progress, reader: Reader) -> Watch:
+    """Rank 0 shows the latest loads: its own if it is alone, of several replicas what they reported some ticks ago."""
 
     def watch(engine: Engine) -> None:
-        scheduler, balance = engine.scheduler, engine.balance
-        rows, tokens = engine.rows, engine.output_tokens
-        running, waiting = scheduler.num_running, len(scheduler.waiting)
-        if loads := balance.loads:
-            rows, tokens = sum(load.claimed for load in loads), balance.tokens
-            running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
+        loads = engine.replicas.loads
+        running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
+        rows = sum(load.claimed for load in loads)
         done = max(0, rows - running - waiting) + reader.done.num_set  # n > 1: n requests a row
         if total := estimate_rows(reader.rows, reader.consumed, reader.size):
             total //= reader.shards
-        progress.update(perf_counter(), done, total, tokens, running, waiting)
+        progress.update(perf_counter(), done, total, engine.replicas.tokens, running, waiting)
 
     return watch
 

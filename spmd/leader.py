@@ -1,18 +1,24 @@
-"""What only the leader of a replica does: decide when a request ends, put its answer together, keep the clock."""
+"""Where sampled tokens go: the leader of a replica decides when a request ends, and tells the other ranks.
 
-from collections.abc import Callable
+One packet for each plan carries that. The leader also puts the answers together and keeps the clock.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from spmd.api.answers import answer_line, complete, error_line
 from spmd.api.choices import Completion
 from spmd.api.rows import BadRow, Job
 from spmd.api.tokenizer import StopChecker
+from spmd.parallel.packet import Packet, PacketWire
 from spmd.report.metrics import Clock, Metrics
 from spmd.sampling.sampler import Sampled
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams, TokenLogprobs
+from spmd.signals import Stop
 
 Write = Callable[[int, str, int | None, bool], None]
 
@@ -25,6 +31,7 @@ class Choice:
     checker: StopChecker | None
     ends: frozenset[int]  # token ids that end it
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None  # None: it goes on
     stop_reason: int | str | None = None
 
 
@@ -46,7 +53,7 @@ class Leader:
         self.rows: dict[int, Open] = {}
         self.choices: dict[Request, Choice] = {}
 
-    def take(self, row: Job | BadRow) -> None:
+    def open(self, row: Job | BadRow) -> None:
         """A row came in: open it, or write down at once why it can't be answered."""
         if isinstance(row, BadRow):
             self.metrics.rows_failed += 1
@@ -61,21 +68,25 @@ class Leader:
     def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
         """A token for each of `plan.sampled`, and whether the request has ended. Plans come in order.
 
-        A request that ended in an earlier plan is passed over: this one was made before that was known.
+        A request that ended in an earlier plan is passed over: this one was made before that was known. It has a
+        finish reason then, or is none of `choices` any more, since its last token is committed.
         """
         tokens, logprobs = sampled.fetch()
-        now, clocks = perf_counter(), []
+        now, clocks, ended = perf_counter(), [], [False] * len(tokens)
         rows = zip(plan.sampled, tokens, plan.sample_positions, strict=True)
         for place, (request, token, position) in enumerate(rows):
-            if request.finish_reason is None:
-                choice = self.choices[request]
-                clocks.append(choice.clock)
-                if logprobs and (chosen := logprobs[place]):
-                    choice.logprobs.append(chosen)
-                if token in choice.ends or choice.checker or position >= request.full_length:
-                    request.finish_reason = _finish_reason(request, choice, token, position)
+            choice = self.choices.get(request)
+            if choice is None or choice.finish_reason is not None:
+                ended[place] = True
+                continue
+            clocks.append(choice.clock)
+            if logprobs and (chosen := logprobs[place]):
+                choice.logprobs.append(chosen)
+            if token in choice.ends or choice.checker or position >= request.full_length:
+                choice.finish_reason = _finish_reason(request, choice, token, position)
+                ended[place] = choice.finish_reason is not None
         self.metrics.sampled(clocks, now)
-        return tokens, [request.finish_reason is not None for request in plan.sampled]
+        return tokens, ended
 
     def finish(self, request: Request) -> None:
         """A request's last token is committed; write the row's answer once all its choices are there."""
@@ -92,11 +103,11 @@ class Leader:
         self.metrics.rows_ok += 1
 
     def _completion(self, request: Request, choice: Choice) -> Completion:
-        assert request.finish_reason is not None
+        assert choice.finish_reason is not None
         return complete(
             self.tokenizer,
             request,
-            request.finish_reason,
+            choice.finish_reason,
             choice.stop_reason,
             choice.checker.text if choice.checker else None,
             choice.logprobs if request.params.logprobs is not None else None,
@@ -114,6 +125,77 @@ class Leader:
             params.skip_special_tokens,
             params.min_tokens,
         )
+
+
+class Packets(Protocol):
+    """How a leader's packets travel: a PacketWire, or a PacketQueue where there is nobody else."""
+
+    def post(self, packet: Packet) -> None: ...
+
+    def receive(self) -> Packet: ...
+
+
+class Judged:
+    """The leader's: decides which requests have ended, and says so, and whether to stop, to all."""
+
+    def __init__(self, leader: Leader, packets: Packets, stop: Stop, lag: int) -> None:
+        """`lag`: ticks for which samples stay where they are before they are judged, unless they are asked for."""
+        self.leader = leader
+        self.packets = packets
+        self.stop = stop
+        self.lag = lag
+        self.unjudged: deque[tuple[Plan, Sampled | None]] = deque()  # the latest plans
+        self.last_finish = 0.0  # on perf_counter's clock; 0: none yet
+
+    def open(self, row: Job | BadRow) -> None:
+        self.leader.open(row)
+
+    def send(self, plan: Plan, sampled: Sampled | None) -> None:
+        self.unjudged.append((plan, sampled))
+        if len(self.unjudged) > self.lag:
+            self._judge()
+
+    def receive(self, plan: Plan) -> Packet:
+        if self.unjudged and self.unjudged[0][0] is plan:
+            self._judge()
+        return self.packets.receive()
+
+    def finish(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.leader.finish(request)
+        if requests:
+            self.last_finish = perf_counter()
+
+    def figures(self, started: float, ended: float) -> Metrics:
+        metrics = self.leader.metrics
+        metrics.replicas, metrics.idle_seconds = 1, ended - max(started, self.last_finish)
+        return metrics
+
+    def _judge(self) -> None:
+        """Post the packet of the oldest plan that has none."""
+        plan, sampled = self.unjudged.popleft()
+        tokens, finished = self.leader.judge(plan, sampled) if sampled else ([], [])
+        self.packets.post(Packet(tokens, finished, self.stop.asked, plan.digests))
+
+
+class Followed:
+    """That of all other ranks: what the leader says."""
+
+    def __init__(self, packets: PacketWire) -> None:
+        self.packets = packets
+
+    def open(self, row: Job | BadRow) -> None: ...
+
+    def send(self, plan: Plan, sampled: Sampled | None) -> None:
+        self.packets.post()
+
+    def receive(self, plan: Plan) -> Packet:
+        return self.packets.receive()
+
+    def finish(self, requests: Sequence[Request]) -> None: ...
+
+    def figures(self, started: float, ended: float) -> Metrics:
+        return Metrics()
 
 
 def _ends(params: SamplingParams) -> frozenset[int]:

@@ -170,7 +170,7 @@ def _input(path: str, parser: RowParser, shard: Sequence[int] | None) -> list[st
     reader, good = Reader(path, parser, shard=shard), 0
     bad: list[str] = []
     while good + len(bad) < SAMPLE_ROWS and reader.consumed < min(SAMPLE_BYTES, reader.size):
-        row = reader.take(True)
+        row = reader.next_row(True)
         if isinstance(row, BadRow):
             bad.append(f"row {row.index} ({row.custom_id}): {row.message}")
         elif row is None:

@@ -79,7 +79,7 @@ class Files:
         reader = self.reader(task)
         if len(reader.done) * reader.shards < count_lines(self.input, task.size):
             return None  # as nearly always; known without a look at the rows
-        return None if reader.take(own=False) else reader
+        return None if reader.next_row(own=False) else reader
 
     def open_part(self, task: Task) -> None:
         """On a leader, make its part."""

@@ -14,22 +14,23 @@ import torch.distributed as dist
 from spmd import STARTED
 from spmd.api.source import Source
 from spmd.config import Config
-from spmd.engine import Engine
+from spmd.engine import Engine, Replicas, Results, Watch, unwatched
 from spmd.guard.guard import Guard
-from spmd.leader import Leader
+from spmd.leader import Followed, Judged, Leader
 from spmd.model.checkpoint import check_files
 from spmd.parallel.groups import Groups, connect
 from spmd.parallel.load import LoadExchange
-from spmd.parallel.packet import PacketWire
+from spmd.parallel.packet import PacketQueue, PacketWire
+from spmd.parallel.replicas import Alone, Exchanging, InLockstep
 from spmd.report.clock import Phases
 from spmd.report.metrics import Metrics, merge
 from spmd.runtime.agreement import from_rank_0, host, together
 from spmd.runtime.device import choose_device
 from spmd.runtime.main import log
 from spmd.runtime.run_dir import open_run_dir, record, warn
-from spmd.schedule.balance import Balance, Rules
+from spmd.schedule.balance import Rules
 from spmd.schedule.blocks import BlockPool
-from spmd.schedule.digests import DigestChain
+from spmd.schedule.digests import DigestChain, Undigested
 from spmd.schedule.scheduler import Limits, Scheduler
 from spmd.settings import Settings, read_model, resolve, worked_out
 from spmd.signals import Stop
@@ -56,7 +57,7 @@ class Worker:
         self,
         source: Source,
         leader: Leader | None,
-        watch: Callable[[Engine], None] | None = None,
+        watch: Watch = unwatched,
         closing: Callable[[], None] | None = None,
     ) -> Metrics | None:
         """Answer all rows of `source`, or those until all ranks stop; on rank 0 returns the figures of all ranks.
@@ -67,62 +68,49 @@ class Worker:
             ValueError: where there is no other rank; else it ends the run, see `Guard`.
         """
         t = self.topology
-        with self._guarded() as trail, self.stop.gentle():
-            engine = self._engine(source, leader, trail, watch)
+        with self._guarded() as digests, self.stop.gentle():
+            engine = self._engine(source, leader, digests, watch)
             log.info("start-up: %s", self.phases)
             started, busy = perf_counter(), self.stage.clock.total()
             engine.run()
             seconds, busy = perf_counter() - started, self.stage.clock.total() - busy
-            self.stop.stopped = engine.stopped
+            self.stop.stopped = engine.replicas.stopped
             metrics = _gather(self._metrics(engine, started, seconds, busy), t)
             if closing:
                 together(t, closing)
         return metrics
 
     @contextmanager
-    def _guarded(self) -> Iterator[DigestChain | None]:
+    def _guarded(self) -> Iterator[DigestChain | Undigested]:
         """The guard of several ranks watches what runs inside, and the ticks written to what this yields."""
         t, settings, logs = self.topology, self.settings.guard, self.run_dir / "logs"
         if t.world_size == 1:
-            yield None
+            yield Undigested()
             return
         with together(t, lambda: Guard(t, settings, logs, self.stop, self.device.type == "cpu")) as guard:
-            yield DigestChain(guard.recorder.write) if settings.enabled else None
+            yield DigestChain(guard.recorder.write) if settings.enabled else Undigested()
 
-    def _engine(
-        self,
-        source: Source,
-        leader: Leader | None,
-        trail: DigestChain | None,
-        watch: Callable[[Engine], None] | None,
-    ) -> Engine:
-        t, groups = self.topology, self.groups
-        balance = build_balance(self.settings, t)
-        return Engine(
-            build_scheduler(self.settings),
-            self.stage,
-            PacketWire(groups.packets, t.leader, t.is_leader, self.settings.scheduler.max_num_seqs),
-            source,
-            balance,
-            leader,
-            LoadExchange(groups.load, t.dp, balance.rules.lag) if groups.load else None,
-            groups.experts is not None,
-            self.stop,
-            trail,
-            watch,
-        )
+    def _engine(self, source: Source, leader: Leader | None, digests: DigestChain | Undigested, watch: Watch) -> Engine:
+        scheduler = build_scheduler(self.settings)
+        replicas = build_replicas(self.settings, self.topology, self.groups)
+        return Engine(scheduler, self.stage, source, replicas, self._results(leader), digests, watch)
+
+    def _results(self, leader: Leader | None) -> Results:
+        if self.groups.packets is None:
+            assert leader is not None
+            return Judged(leader, PacketQueue(), self.stop, self.stage.result_lag)
+        packets = PacketWire(self.groups.packets, self.topology.leader, self.settings.scheduler.max_num_seqs)
+        return Judged(leader, packets, self.stop, self.stage.result_lag) if leader else Followed(packets)
 
     def _metrics(self, engine: Engine, started: float, seconds: float, busy: float) -> Metrics:
         """This rank's figures. `started`: on perf_counter's clock; `busy`: seconds of the stage."""
-        leader, balance, exchange = engine.leader, engine.balance, engine.exchange
-        metrics = leader.metrics if leader else Metrics()
+        metrics = engine.results.figures(started, started + seconds)
         metrics.stopped(self.topology.pp_rank, busy, seconds, self.phases.total)
-        if exchange:
-            metrics.exchanges, metrics.exchange_seconds = exchange.count, exchange.seconds
-            metrics.mixed_ticks = balance.mixed_ticks
-        if leader:
-            metrics.replicas, metrics.idle_seconds = 1, started + seconds - max(started, engine.last_finish)
-            metrics.frozen_ticks = balance.gate.frozen_ticks
+        replicas = engine.replicas
+        metrics.mixed_ticks, metrics.exchanges = replicas.mixed_ticks, replicas.exchanges
+        metrics.exchange_seconds = replicas.exchange_seconds
+        if self.topology.is_leader:  # what all ranks of a replica count alike
+            metrics.frozen_ticks = replicas.frozen_ticks
             counters = engine.scheduler.counters
             metrics.preemptions += counters.preemptions
             metrics.cache_hit_tokens += counters.cached_tokens
@@ -222,19 +210,21 @@ def build_scheduler(settings: Settings) -> Scheduler:
     return Scheduler(limits, BlockPool(s.num_blocks, s.block_size, s.prefix_caching))
 
 
-def build_balance(config: Settings, topology: Topology) -> Balance:
+def build_replicas(config: Settings, topology: Topology, groups: Groups) -> Replicas:
     """A replica's part in the balance of all."""
     b, s = config.balance, config.scheduler
-    return Balance(
-        Rules(
-            max_num_seqs=s.max_num_seqs,
-            by_priority=s.policy == "priority",
-            dp=topology.dp,
-            dp_rank=topology.dp_rank,
-            share=b.share,
-            gate=b.gate if topology.dp > 1 else "off",
-            interval=b.interval,
-            patience=b.patience,
-            lag=0 if config.topology.ep else b.lag,  # replicas that share experts are never apart
-        )
+    rules = Rules(
+        max_num_seqs=s.max_num_seqs,
+        by_priority=s.policy == "priority",
+        dp=topology.dp,
+        dp_rank=topology.dp_rank,
+        share=b.share,
+        gate=b.gate,
+        interval=b.interval,
+        patience=b.patience,
+        lag=0 if config.topology.ep else b.lag,  # replicas that share experts are never apart
     )
+    if groups.load is None:
+        return Alone(rules)
+    exchange = LoadExchange(groups.load, topology.dp, rules.lag)
+    return InLockstep(rules, exchange) if groups.experts else Exchanging(rules, exchange)

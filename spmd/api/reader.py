@@ -57,7 +57,7 @@ class Reader:
         self.rows = 0  # so far, of all replicas and shards
         self._to_do = self._read()
 
-    def take(self, own: bool) -> Job | BadRow | Skipped | None:
+    def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
         """Go on to the next row that is to be answered; build it if it is one's `own`. None: the end."""
         found = next(self._to_do, None)
         if found is None or not own:

@@ -10,12 +10,22 @@ class Skipped:
     """In place of a row that another replica answers."""
 
 
-SKIPPED = Skipped()
+class NotYet:
+    """In place of a row that isn't there yet."""
+
+
+SKIPPED, NOT_YET = Skipped(), NotYet()
 
 
 class Source(Protocol):
-    def take(self, own: bool) -> Job | BadRow | Skipped | None:
-        """Go on to the next row. It is built if it is one's `own`, else skipped for less; None: there are no more."""
+    def next_row(self, own: bool) -> Job | BadRow | Skipped | NotYet | None:
+        """Go on to the next row. It is built if it is one's `own`, else skipped for less.
+
+        None: there are no more. NOT_YET: there may be more, but none now; the engine asks again in its next tick. The
+        row that comes then is the next one still, and may be another replica's. Ranks of a replica must get the same
+        answers at the same ticks, and so must all replicas where they share rows by demand: what depends on a clock or
+        on arrivals has to reach all of them by a message first.
+        """
 
 
 class Listed:
@@ -24,6 +34,6 @@ class Listed:
     def __init__(self, rows: Iterable[Job | BadRow]) -> None:
         self._rows = iter(rows)
 
-    def take(self, own: bool) -> Job | BadRow | Skipped | None:
+    def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
         row = next(self._rows, None)
         return row if own or row is None else SKIPPED

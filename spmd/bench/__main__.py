@@ -10,9 +10,10 @@ from spmd.bench.floor import figures, lines, ranks_work
 from spmd.bench.rates import Rates, device_rates
 from spmd.bench.workload import Workload, lengths
 from spmd.config import Config, WorkloadConfig
+from spmd.engine import Watch, unwatched
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
-from spmd.report.profile import Watch, profiled
+from spmd.report.profile import profiled
 from spmd.report.summary import json_line, table
 from spmd.runtime.main import main
 from spmd.signals import Stop
@@ -52,7 +53,7 @@ def _short(workload: WorkloadConfig, dp: int) -> WorkloadConfig:
     return replace(workload, num_prompts=WARM_UP_ROWS * dp, output_len=[tokens, tokens])
 
 
-def _run(worker: Worker, workload: WorkloadConfig, watch: Watch | None = None) -> Metrics | None:
+def _run(worker: Worker, workload: WorkloadConfig, watch: Watch = unwatched) -> Metrics | None:
     source = Workload(workload, worker.settings.arch.vocab_size, worker.settings.longest)
     leader = Leader(None, "bench", Metrics()) if worker.topology.is_leader else None
     return worker.run(source, leader, watch)

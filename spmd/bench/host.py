@@ -8,12 +8,12 @@ GPU waits for all of this.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,23 +22,27 @@ from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import Job
 from spmd.api.source import Listed
 from spmd.engine import Engine
-from spmd.leader import Leader
+from spmd.leader import Judged, Leader, Packets
 from spmd.parallel.feedback import TokenFeedback
-from spmd.parallel.packet import PacketWire
+from spmd.parallel.packet import Packet, PacketQueue, PacketWire
+from spmd.parallel.replicas import Alone
 from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import Sampled, plain_greedy
-from spmd.schedule.balance import Balance, Rules
+from spmd.schedule.balance import Rules
 from spmd.schedule.blocks import BlockPool
+from spmd.schedule.digests import Undigested
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.signals import Stop
 from spmd.stage.inputs import InputBuilder
-from spmd.stage.stage import Stage
 from spmd.topology import Topology
 
 BLOCK_SIZE = 16
 TICKS = 400
 CPU = torch.device("cpu")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Laps:
@@ -50,16 +54,59 @@ class Laps:
     def begin(self) -> None:
         self.ticks.append({})
 
-    def timed(self, part: str, do: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, part: str, do: Callable[P, R]) -> Callable[P, R]:
         """`do`, whose time counts for a part of the tick that goes on."""
 
-        def call(*args: Any) -> Any:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
             started = perf_counter()
-            result = do(*args)
+            result = do(*args, **kwargs)
             self.ticks[-1][part] = self.ticks[-1].get(part, 0.0) + perf_counter() - started
             return result
 
         return call
+
+
+class TimedScheduler(Scheduler):
+    def __init__(self, limits: Limits, pool: BlockPool, laps: Laps) -> None:
+        super().__init__(limits, pool)
+        self._schedule = laps.timed("schedule", super().schedule)
+        self._commit = laps.timed("commit", super().commit)
+
+    def schedule(self, tick: int, admit: bool = True) -> Plan:
+        return self._schedule(tick, admit)
+
+    def commit(self, plan: Plan, tokens: Sequence[int], finished: Sequence[bool]) -> list[Request]:
+        return self._commit(plan, tokens, finished)
+
+
+class TimedLeader(Leader):
+    def __init__(self, laps: Laps) -> None:
+        super().__init__(None, "bench", Metrics())
+        self._judge = laps.timed("judge", super().judge)
+
+    def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
+        return self._judge(plan, sampled)
+
+
+class TimedReplicas(Alone):
+    def __init__(self, rules: Rules, laps: Laps) -> None:
+        super().__init__(rules)
+        self._next_row = laps.timed("feed", super().next_row)
+
+    def next_row(self, held: int) -> bool | None:
+        return self._next_row(held)
+
+
+class TimedPackets:
+    def __init__(self, packets: Packets, laps: Laps) -> None:
+        self._post = laps.timed("post", packets.post)
+        self._receive = laps.timed("receive", packets.receive)
+
+    def post(self, packet: Packet) -> None:
+        self._post(packet)
+
+    def receive(self) -> Packet:
+        return self._receive()
 
 
 class Rehearsal:
@@ -67,13 +114,12 @@ class Rehearsal:
 
     def __init__(self, builder: InputBuilder, feedback: TokenFeedback | None, laps: Laps) -> None:
         self.feedback = feedback
-        self.result_lag = 1 if feedback else 0
         self.build = laps.timed("inputs", builder.build)
         self.greedy = laps.timed("greedy", plain_greedy)
         self.send = laps.timed("feedback", feedback.send) if feedback else None
         self.decodes = 0  # rows of the last plan
 
-    def run(self, plan: Plan, shared_rows: int | None = None) -> Sampled | None:
+    def run(self, plan: Plan, shared_rows: int | None) -> Sampled | None:
         self.decodes = plan.num_decodes
         if self.feedback:
             self.feedback.receive(plan)
@@ -101,43 +147,42 @@ def jobs(running: int, tokens: int, max_tokens: int) -> list[Job]:
 
 
 @contextmanager
-def alone() -> Iterator[dist.ProcessGroup | None]:
+def alone() -> Iterator[dist.ProcessGroup]:
     """A process group of this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
     try:
         yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
 
 
-def build(running: int, tokens: int, pp: int, lookahead: int, group: dist.ProcessGroup | None, laps: Laps) -> Engine:
-    """An engine that takes its laps, with room for TICKS tokens of each request."""
+def build(
+    running: int, tokens: int, pp: int, lookahead: int, group: dist.ProcessGroup, laps: Laps
+) -> tuple[Engine, Rehearsal]:
+    """An engine that takes its laps, with room for TICKS tokens of each request, and its stage."""
     longest = tokens + TICKS + 64
     width = longest // BLOCK_SIZE + 1
     limits = Limits(running, running * tokens, running // pp, slots=pp, lookahead=lookahead)
-    scheduler = Scheduler(limits, BlockPool(running * width + 1, BLOCK_SIZE, caching=True))
+    scheduler = TimedScheduler(limits, BlockPool(running * width + 1, BLOCK_SIZE, caching=True), laps)
     inputs = InputBuilder(running, width, running * longest, BLOCK_SIZE, CPU)
     feedback = TokenFeedback(Topology(), None, running, pp, CPU) if lookahead else None
-    packets, leader = PacketWire(group, 0, True, running), Leader(None, "bench", Metrics())
-    stage = Rehearsal(inputs, feedback, laps)
-    source, balance = Listed(jobs(running, tokens, longest)), Balance(Rules(running))
-    engine = Engine(scheduler, cast(Stage, stage), packets, source, balance, leader)
-    steps = [(packets, "take"), (scheduler, "commit"), (engine, "_feed"), (scheduler, "schedule")]
-    for owner, step in [*steps, (leader, "judge"), (packets, "post")]:
-        setattr(owner, step, laps.timed(step.lstrip("_"), getattr(owner, step)))
-    return engine
+    packets = TimedPackets(PacketWire(group, 0, running) if pp > 1 else PacketQueue(), laps)
+    stage, source = Rehearsal(inputs, feedback, laps), Listed(jobs(running, tokens, longest))
+    results = Judged(TimedLeader(laps), packets, Stop(), lag=1 if feedback else 0)
+    return Engine(scheduler, stage, source, TimedReplicas(Rules(running), laps), results, Undigested()), stage
 
 
 def measure(running: int, tokens: int, pp: int, lookahead: int) -> dict[str, list[float]]:
     """Seconds of each part of most of TICKS decode ticks with `running` requests of about `tokens` tokens each."""
     laps, whole = Laps(), []
     with alone() as group:
-        engine = build(running, tokens, pp, lookahead, group if pp > 1 else None, laps)
+        engine, stage = build(running, tokens, pp, lookahead, group, laps)
         tick = laps.timed("tick", engine.tick)
         for number in range(TICKS):
             laps.begin()
             tick(number)
-            whole.append(cast(Rehearsal, engine.stage).decodes == running // pp)
+            whole.append(stage.decodes == running // pp)
     decodes = list(compress(laps.ticks, whole))[pp + lookahead :]  # before these nothing is committed
     return {part: [parts[part] for parts in decodes] for part in decodes[0]}
 

@@ -52,7 +52,7 @@ class Workload:
         self._prompts = iter(list(prompts(w, w.num_prompts, vocab_size)))  # drawing them is not what is measured
         self._numbers = count()
 
-    def take(self, own: bool) -> Job | BadRow | Skipped | None:
+    def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
         if (prompt := next(self._prompts, None)) is None:
             return None
         index = next(self._numbers)

@@ -37,7 +37,7 @@ class LoadExchange:
         self.count += 1
         self.seconds += perf_counter() - started
 
-    def take(self) -> list[list[int]] | None:
+    def receive(self) -> list[list[int]] | None:
         """Loads by replica of the exchange `lag` launches before the latest one; None as long as there is none.
 
         Waits until all replicas have launched it. To be called at most once a launch.
@@ -48,9 +48,9 @@ class LoadExchange:
         work, loads = self._pending.popleft()
         if work is not None:
             work.wait()
-        taken: list[list[int]] = loads.tolist()
+        received: list[list[int]] = loads.tolist()
         self.seconds += perf_counter() - started
-        return taken
+        return received
 
     def drain(self) -> None:
         """Wait until all that was launched is done."""

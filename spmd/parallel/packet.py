@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from spmd.parallel.transfer import on_host
-from spmd.schedule.digests import FIELDS, Digests
+from spmd.schedule.digests import FIELDS, NO_DIGESTS, Digests
 
-NO_DIGESTS = (0,) * len(FIELDS)
 HEADER = 2 + len(FIELDS)
 
 
@@ -28,42 +27,46 @@ class Packet(NamedTuple):
     digests: Digests = NO_DIGESTS
 
 
+class PacketQueue:
+    """Packets of a leader that is the only rank of its replica: nothing travels."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Packet] = deque()
+
+    def post(self, packet: Packet) -> None:
+        """Keep a packet."""
+        self._kept.append(packet)
+
+    def receive(self) -> Packet:
+        """The oldest packet not received yet."""
+        return self._kept.popleft()
+
+
 class PacketWire:
     """Broadcasts packets from the leader, several in flight, delivered in order."""
 
-    def __init__(self, group: ProcessGroup | None, leader: int, is_leader: bool, max_samples: int) -> None:
-        """`group`: the replica's CPU group, None if the leader is alone. `max_samples`: tokens of the largest plan."""
+    def __init__(self, group: ProcessGroup, leader: int, max_samples: int) -> None:
+        """`group`: the replica's CPU group; `leader`: a rank of it; `max_samples`: tokens of the largest plan."""
         self.group = group
         self.leader = leader
-        self.is_leader = is_leader
         self.max_samples = max_samples
         self._pending: deque[tuple[dist.Work | None, Tensor]] = deque()
-        self._kept: deque[Packet] = deque()  # by a leader that is alone
 
     def post(self, packet: Packet | None = None) -> None:
         """Start this tick's broadcast: on the leader of `packet`, elsewhere to receive one."""
-        if self.group is None:
-            assert packet is not None
-            self._kept.append(packet)
-            return
         buffer = torch.zeros(HEADER + 2 * self.max_samples, dtype=torch.int64)
         if packet is not None:
             content = [packet.stop, len(packet.tokens), *packet.digests, *packet.tokens, *packet.finished]
             buffer[: len(content)] = on_host(content, torch.int64)
         self._pending.append((dist.broadcast(buffer, self.leader, group=self.group, async_op=True), buffer))
 
-    def take(self) -> Packet:
-        """The oldest packet not taken yet. Waits until it is there."""
-        if self.group is None:
-            return self._kept.popleft()
+    def receive(self) -> Packet:
+        """The oldest packet not received yet. Waits until it is there."""
         work, buffer = self._pending.popleft()
         if work is not None:
             work.wait()
         count = int(buffer[1])
         stop, _, *content = buffer[: HEADER + 2 * count].tolist()
-        digests, tokens, finished = (
-            content[: len(FIELDS)],
-            content[len(FIELDS) :][:count],
-            content[len(FIELDS) + count :],
-        )
+        ends = len(FIELDS) + count
+        digests, tokens, finished = content[: len(FIELDS)], content[len(FIELDS) : ends], content[ends:]
         return Packet(tokens, [bool(verdict) for verdict in finished], stop, tuple(digests))

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,20 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 from spmd.config import ProfileConfig
 
 log = logging.getLogger("spmd")
-Watch = Callable[[Any], None]  # an Engine, which stands above this package
-
-
-def all_of(*watches: Watch | None) -> Watch | None:
-    """One that calls those given, in order; None if there are none, so that a tick pays nothing."""
-    present = [watch for watch in watches if watch]
-    if len(present) < 2:
-        return present[0] if present else None
-
-    def watch(engine: Any) -> None:
-        for each in present:
-            each(engine)
-
-    return watch
 
 
 class Profiler:
@@ -48,7 +33,7 @@ class Profiler:
         self.running = False
         self._turn()
 
-    def __call__(self, engine: Any) -> None:
+    def __call__(self, engine: object) -> None:
         self.tick += 1
         self._turn()
 
@@ -72,13 +57,13 @@ class Profiler:
 
 
 @contextmanager
-def profiled(config: ProfileConfig, run_dir: Path, rank: int) -> Iterator[Watch | None]:
-    """A watch for one run that leaves `profile/trace-rank-<rank>.json.gz` in `run_dir`; None if nothing is asked for.
+def profiled(config: ProfileConfig, run_dir: Path, rank: int) -> Iterator[Callable[[object], None]]:
+    """What to call after each tick of a run; it leaves `profile/trace-rank-<rank>.json.gz` in `run_dir`, if asked for.
 
     A run that fails leaves no trace.
     """
     if config.ticks is None:
-        yield None
+        yield lambda engine: None
         return
     folder = run_dir / "profile"
     folder.mkdir(exist_ok=True)

@@ -16,7 +16,13 @@ IN_PROMPT, ONE_OUTPUT = 1, 2  # a count is bit 0: in the prompt, and above it th
 
 
 class TokenCounts:
-    """int32 table [rows, vocab], new_blocks on demand; rows of finished requests are taken over by new ones."""
+    """int32 table [rows, vocab], enlarged on demand; rows of finished requests are taken over by new ones.
+
+    Nobody samples for a request after its row has gone to another: `finished` is set by the scheduler when it commits
+    the plan that ends the request, and every plan that holds the request was made, and run here, before that commit.
+    Between the leader's decision that it ends and the commit, tokens that will be thrown away are still counted, but
+    in the request's own row.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.table = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
@@ -24,7 +30,7 @@ class TokenCounts:
         self.taken: dict[Request, int] = {}
 
     def rows(self, requests: Sequence[Request]) -> Tensor:
-        """Row of the table of each of these unfinished requests, int64 [R] on the device.
+        """Row of the table of each of these requests, none of them `finished`; int64 [R] on the device.
 
         A request is entered with its prompt and committed output when it is first seen; from then on `add` must be
         told of each of its tokens.
@@ -47,7 +53,7 @@ class TokenCounts:
         return row
 
     def _make_room(self) -> None:
-        finished = [request for request in self.taken if request.finish_reason is not None]
+        finished = [request for request in self.taken if request.finished]
         self.free = [self.taken.pop(request) for request in finished]
         if not self.free:
             rows = len(self.table)

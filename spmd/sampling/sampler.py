@@ -77,9 +77,7 @@ class Sampler:
         if plain_greedy(requests, positions):
             return Sampled(logits.argmax(-1))
         biased = [i for i, r in enumerate(requests) if r.params.logit_bias or _held_open(r, positions[i])]
-        # A finished request may still be in a plan made before that was known. Its token will be thrown away, and its
-        # row of counts may be another's by now.
-        penalised = [i for i, r in enumerate(requests) if r.params.penalised and r.finish_reason is None]
+        penalised = [i for i, r in enumerate(requests) if r.params.penalised]
         drawn = [i for i, r in enumerate(requests) if not r.params.greedy]
         scores = logits.to(torch.float32, copy=bool(biased or penalised))
         if biased:

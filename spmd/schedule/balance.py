@@ -1,8 +1,8 @@
 """Data-parallel balance: whose the next row is, when new requests may be admitted, and when all work is done.
 
-Replicas tell each other one `Load` a tick. What tick t knows is what all replicas told at tick `t - 1 - lag`, on every
-rank the same, so all ranks come to the same decisions at the same tick and nobody has to announce one. Replicas are
-at most `lag` ticks apart. A single replica tells nobody anything, takes every row and admits at once.
+Replicas report one `Load` a tick to each other. What tick t knows is what all replicas reported at tick `t - 1 - lag`,
+on every rank the same, so all ranks come to the same decisions at the same tick and nobody has to announce one.
+Replicas are at most `lag` ticks apart. How loads travel, and what a replica alone does: `spmd.parallel.replicas`.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ RESERVE = 8  # seats to one row that waits for one
 
 
 class Load(NamedTuple):
-    """What a replica tells at the end of a tick; int32 each. All its ranks tell the same."""
+    """What a replica reports in a tick, once its plan is made; int32 each. All its ranks report the same."""
 
     running: int  # seated requests
     waiting: int
@@ -31,6 +31,11 @@ class Load(NamedTuple):
     stop: int  # who asked the run to stop (`spmd.signals`), as all ranks of the replica learned; 0: nobody
     passed: int  # rows of the list gone through so far, for any replica
     tokens: int  # output tokens committed in this tick
+
+    @property
+    def done(self) -> bool:
+        """Whether the replica has nothing left to do."""
+        return bool(self.flags & EXHAUSTED) and not self.running + self.waiting
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,17 @@ class Rules:
     patience: int = 64
     lag: int = 4
 
+    @property
+    def wanted(self) -> int:
+        """Requests that a replica should have so that no seat is empty; by priority it looks at as many again."""
+        return self.max_num_seqs * (2 if self.by_priority else 1)
+
 
 class Turns:
     """share=static: row i is replica `i % dp`'s. Each reads on, past the others' rows, when it has room itself."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.wanted = rules.max_num_seqs * (2 if rules.by_priority else 1)  # by priority: look at as many again
         self.turn = -1
 
     def see(self, loads: Sequence[Load] | None) -> None:
@@ -61,10 +70,14 @@ class Turns:
 
     def next(self, held: int) -> bool | None:
         """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""
-        if held >= self.wanted:
+        if held >= self.rules.wanted:
             return None
         self.turn += 1
         return self.turn % self.rules.dp == self.rules.dp_rank
+
+    def put_back(self) -> None:
+        """The row isn't there yet: the turn is the same when it comes."""
+        self.turn -= 1
 
 
 class Demand:
@@ -73,13 +86,13 @@ class Demand:
     A replica should have a request for every seat and a few that wait, so that seats which become free are filled at
     once although the others learn of it `1 + lag` ticks late: a seat in RESERVE refills all if requests have some
     `8 * (1 + lag)` tokens or more. More would wait in vain at one replica while another runs dry at the end.
-    Rows allotted since the loads were told count as one request each; `n` > 1 shows in later loads.
+    Rows allotted since the loads were reported count as one request each; `n` > 1 shows in later loads.
     """
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        seats = rules.max_num_seqs
-        self.wanted = 2 * seats if rules.by_priority else seats + ceil_div(seats, RESERVE)
+        self.wanted = rules.wanted if rules.by_priority else rules.wanted + ceil_div(rules.max_num_seqs, RESERVE)
+        self.neediest = 0  # who got the last row
         self.lacks = [self.wanted] * rules.dp
         self.free_blocks = [0] * rules.dp
         self.allotted = [0] * rules.dp  # in this tick
@@ -102,9 +115,17 @@ class Demand:
         replica = max(range(self.rules.dp), key=lambda replica: (lacks[replica], free[replica], -replica))
         if lacks[replica] <= 0:
             return None
-        lacks[replica] -= 1
-        self.allotted[replica] += 1
+        self._allot(replica, 1)
+        self.neediest = replica
         return replica == self.rules.dp_rank
+
+    def put_back(self) -> None:
+        """The row isn't there yet: nobody has got it."""
+        self._allot(self.neediest, -1)
+
+    def _allot(self, replica: int, rows: int) -> None:
+        self.lacks[replica] -= rows
+        self.allotted[replica] += rows
 
 
 class Gate:
@@ -120,7 +141,7 @@ class Gate:
         self.held = 0  # ticks for which somebody has been held back
         self.frozen_ticks = 0  # such ticks in all
 
-    def open(self, loads: Sequence[Load] | None, tick: int, running: int, waiting: int) -> bool:
+    def open(self, loads: Sequence[Load], tick: int, running: int, waiting: int) -> bool:
         """Whether this replica may admit in this tick, given its own requests."""
         if not self._closed(loads, tick):
             self.held = 0
@@ -135,29 +156,29 @@ class Gate:
         self.frozen_ticks += 1
         return False
 
-    def _closed(self, loads: Sequence[Load] | None, tick: int) -> bool:
+    def _closed(self, loads: Sequence[Load], tick: int) -> bool:
         if self.rules.gate == "off":
             return False
         if self.rules.gate == "interval":
             return tick % self.rules.interval != 0
-        return loads is not None and any(load.running >= self.full for load in loads)
+        return any(load.running >= self.full for load in loads)
 
 
 class Balance:
-    """One replica's part in the balance; equal on all its ranks."""
+    """One replica's part in the balance of several; equal on all its ranks."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.deal = Demand(rules) if rules.dp > 1 and rules.share == "dynamic" else Turns(rules)
+        self.deal = Demand(rules) if rules.share == "dynamic" else Turns(rules)
         self.gate = Gate(rules)
-        self.loads: Sequence[Load] | None = None  # of all replicas, the latest known
-        self.over = False  # no replica has or gets any more work; true at the same tick everywhere
+        self.loads: Sequence[Load] = ()  # of all replicas, the latest known; empty: none yet
+        self.over = False  # no replica has or gets any more work, or all stop; true at the same tick everywhere
         self.stopped = 0  # who asked the run to stop; known at the same tick everywhere
         self.mixed_ticks = 0  # one replica ran prompts while another only decoded
         self.tokens = 0  # output tokens of all replicas
 
     def see(self, loads: Sequence[Load] | None) -> None:
-        """A tick begins, with what all replicas told `1 + lag` ticks ago. Called at every tick if dp > 1.
+        """A tick begins, with what all replicas reported `1 + lag` ticks ago; None: that was before the first tick.
 
         Raises:
             Diverged: replicas share one list and yet aren't at the same place in it.
@@ -166,8 +187,8 @@ class Balance:
         if loads is None:
             return
         self.loads = loads
-        self.over = all(load.flags & EXHAUSTED and not load.running + load.waiting for load in loads)
         self.stopped = max(load.stop for load in loads)
+        self.over = self.stopped > 0 or all(load.done for load in loads)
         self._check(loads)
         self.tokens += sum(load.tokens for load in loads)
         self.mixed_ticks += _mixed(loads)
@@ -178,9 +199,13 @@ class Balance:
         if isinstance(self.deal, Demand) and len(set(passed)) > 1:
             raise Diverged(f"replicas have gone through different numbers of rows at the same tick: {passed}")
 
-    def next(self, held: int) -> bool | None:
+    def next_row(self, held: int) -> bool | None:
         """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""
         return self.deal.next(held)
+
+    def put_back(self) -> None:
+        """The row just spoken of isn't there yet."""
+        self.deal.put_back()
 
     def admits(self, tick: int, running: int, waiting: int) -> bool:
         """Whether waiting requests may be seated in this tick."""

@@ -35,7 +35,7 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self) -> int:
+    def pop(self) -> int:
         """A free block, forgetting the prefix it held. The caller has checked `num_free`."""
         block, _ = self._free.popitem(last=False)
         self._holders[block] = 1

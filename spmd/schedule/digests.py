@@ -19,6 +19,7 @@ WHAT = {
     "blocks": "which KV blocks they get",
 }
 Digests = tuple[int, ...]  # a digest for each of FIELDS
+NO_DIGESTS: Digests = (0,) * len(FIELDS)  # where nobody compares
 
 
 class Diverged(RuntimeError):
@@ -32,6 +33,15 @@ class DigestChain:
         """`keep(tick, digests)` is called with every plan's."""
         self.keep = keep
         self.requests = self.positions = self.blocks = self.tokens = 0
+
+    def compare(self, plan: Plan, theirs: Digests) -> None:
+        """Compare those of a plan with the leader's.
+
+        Raises:
+            Diverged: they differ.
+        """
+        if difference := first_difference(plan.digests, theirs):
+            raise Diverged(f"tick {plan.tick}: {difference} differ from the leader's")
 
     def commit(self, tokens: Sequence[int], finished: Sequence[bool]) -> None:
         """Tokens, and whether they end their requests, as they are committed."""
@@ -50,6 +60,17 @@ class DigestChain:
         if self.keep:
             self.keep(plan.tick, digests)
         return digests
+
+
+class Undigested:
+    """In place of a DigestChain where there is no rank to compare with, or nobody asks."""
+
+    def plan(self, plan: Plan) -> Digests:
+        return NO_DIGESTS
+
+    def compare(self, plan: Plan, theirs: Digests) -> None: ...
+
+    def commit(self, tokens: Sequence[int], finished: Sequence[bool]) -> None: ...
 
 
 def first_difference(ours: Digests, theirs: Digests) -> str | None:

@@ -22,7 +22,7 @@ class Plan:
     sample_rows: list[int] = field(default_factory=list)  # row of the forward that each of them is sampled from
     sample_positions: list[int] = field(default_factory=list)  # where each token will stand: tokens before it
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # of block tables: (seat, position, block)
-    digests: tuple[int, ...] = ()  # digests of all plans so far, see `spmd.schedule.digests`; empty: nobody asks
+    digests: tuple[int, ...] = ()  # digests of all plans so far, set by the engine; see `spmd.schedule.digests`
 
     @property
     def num_rows(self) -> int:
@@ -35,9 +35,6 @@ class Plan:
         self.requests = requests
         self.starts = [request.scheduled for request in requests]
         self.counts = [1] * len(requests)
-        for request in requests:
-            request.scheduled += 1
-            request.in_flight += 1
 
     def add_chunk(self, request: Request, count: int) -> None:
         """Append the next `count` tokens of a prompt."""
@@ -45,5 +42,3 @@ class Plan:
         self.starts.append(request.scheduled)
         self.counts.append(count)
         self.num_prompt_tokens += count
-        request.scheduled += count
-        request.in_flight += 1

@@ -56,17 +56,20 @@ class Request:
     """One sequence to generate. `tokens` is the prompt followed by the committed output.
 
     With lookahead `scheduled` may run ahead of `tokens`: rows are planned whose tokens are known to the device alone.
+    Why it ended is in the leader's own record of it (`spmd.leader.Choice`); no other rank needs to know.
     """
 
+    # What was asked. Nobody writes these once the request is made, but for the scheduler, which appends to `tokens`.
     index: int  # row of the input, counted from 0
     choice: int  # 0 .. n-1 of the row
     tokens: list[int]
     params: SamplingParams
     priority: int = 0  # smaller runs earlier
+    waits_for_token: bool = False  # no token may be sampled before the host knows the one before it, as for a grammar
     prompt_len: int = field(init=False)
     full_length: int = field(init=False)  # `scheduled` once its last token by max_tokens is planned, which has no row
     plain_from: float = field(init=False)  # tokens from this position on are `params.plain`; inf: none
-    # How far it has come; written by the scheduler alone.
+    # How far it has come. Written by the scheduler alone, on every rank of a replica alike; read by all.
     scheduled: int = 0  # tokens whose keys and values are computed or planned
     in_flight: int = 0  # plans that hold this request and aren't committed
     seat: int = -1  # row of the block table while running, else -1
@@ -76,7 +79,6 @@ class Request:
     cached: int = 0  # prompt tokens found in the prefix cache at the last admission
     retired: bool = False  # gets no more rows
     finished: bool = False  # its last token is committed; rows still in flight give it none
-    finish_reason: str | None = None  # known to the leader alone
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)

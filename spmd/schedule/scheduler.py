@@ -10,11 +10,13 @@ A request is in one of these places:
     prefilling  seated; some of its prompt isn't planned yet, earlier chunks may be in flight
     in a slot   seated; in one of the last N plans (prompt chunks: several), its next token can't be computed yet
     ready       seated; its next token can be computed; least recently run first
+    held        seated; in a plan that has matured but isn't committed; it `waits_for_token`
     retired     seated; gets no more rows, but has some in flight
 
 A plan of N ticks ago *matures*: its slot is used again, and its tokens are on the first stage's device. `commit` brings
 them to the host up to `lookahead` ticks later. Until then its requests are *in flight* and keep seat and blocks,
-wherever they are. Rows planned for a request before its end was known are ghosts: they give no token.
+wherever they are. Rows planned for a request before its end was known are ghosts: they give no token. A request that
+`waits_for_token` is ready only when both has happened, so it has no ghosts, and runs every N + lookahead ticks.
 """
 
 from bisect import insort
@@ -32,6 +34,7 @@ from spmd.schedule.request import Request
 class Counters:
     """What the scheduler did, for the summary."""
 
+    output_tokens: int = 0  # committed
     preemptions: int = 0
     queried_tokens: int = 0  # prompt tokens looked up in the prefix cache
     cached_tokens: int = 0  # of these, found
@@ -103,11 +106,14 @@ class Scheduler:
         return plan
 
     def _mature(self, plan: Plan) -> None:
-        """Let the requests go on that got a token from a plan of N ticks ago, unless it is the last they may have."""
+        """Let the requests go on that got a token from a plan of N ticks ago, unless it is the last they may have.
+
+        One that waits for this token and whose plan isn't committed yet goes on when it is.
+        """
         for request in plan.sampled:
             if request.scheduled >= request.full_length:
                 self._retire(request)
-            elif not request.retired:
+            elif not (request.retired or (request.waits_for_token and request.scheduled == len(request.tokens))):
                 self.ready.append(request)
 
     def _retire(self, request: Request) -> None:
@@ -132,6 +138,8 @@ class Scheduler:
         self.ready.extendleft(reversed(passed_over))
         plan.add_decodes(chosen)
         for request in chosen:
+            request.scheduled += 1
+            request.in_flight += 1
             if request.scheduled % size == 0:
                 self._register(request)
 
@@ -154,7 +162,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        plan.new_blocks.append((request.seat, len(request.blocks), block := self.pool.take()))
+        plan.new_blocks.append((request.seat, len(request.blocks), block := self.pool.pop()))
         request.blocks.append(block)
         return True
 
@@ -192,6 +200,8 @@ class Scheduler:
                 break
             count = min(len(request.tokens) - request.scheduled, budget)
             plan.add_chunk(request, count)
+            request.scheduled += count
+            request.in_flight += 1
             self._register(request)
             if request.scheduled == len(request.tokens):
                 self.prefilling.remove(request)
@@ -224,7 +234,7 @@ class Scheduler:
             return None
         del self.waiting[0]
         self.pool.share(shared)
-        request.blocks = shared + [self.pool.take() for _ in range(needed)]
+        request.blocks = shared + [self.pool.pop() for _ in range(needed)]
         request.seat = self._free_seats.pop()
         request.num_registered = len(shared)
         request.scheduled = request.cached = len(shared) * self.pool.block_size
@@ -288,18 +298,25 @@ class Scheduler:
         """
         for request in plan.requests:
             request.in_flight -= 1
-        done, size = [], self.pool.block_size
+        done, ghosts, size = [], 0, self.pool.block_size
+        matured = not self._ring or plan.tick < self._ring[0].tick
         for request, token, ends in zip(plan.sampled, tokens, finished, strict=True):
-            if not request.finished:
+            if request.finished:
+                ghosts += 1
+            else:
                 request.tokens.append(token)
                 if len(request.tokens) % size == 0:
                     self._register(request)
-                if ends:
-                    request.finished = True
-                    self._retire(request)
-                    done.append(request)
-            if request.finished and not request.in_flight:
+                if not ends:
+                    if matured and request.waits_for_token and not request.retired:
+                        self.ready.append(request)
+                    continue
+                request.finished = True
+                self._retire(request)
+                done.append(request)
+            if not request.in_flight:
                 self._unseat(request)
+        self.counters.output_tokens += len(plan.sampled) - ghosts
         return done
 
     def _unseat(self, request: Request) -> None:
@@ -325,6 +342,7 @@ class Scheduler:
             assert request.retired or not request.finished
         assert not any(request in plan.requests for plan in self._ring for request in self.ready)
         assert self.limits.lookahead or not any(request.in_flight for request in self.ready)
+        assert not any(request.in_flight for request in self.ready if request.waits_for_token)
         assert len({r.seat for r in seated.values()}) == len(seated) == self.num_running
         retired = sum(request.retired for request in seated.values())
         assert self.num_decoding == self.num_running - len(self.prefilling) - retired

@@ -10,7 +10,7 @@ import pytest
 from spmd.api import rows
 from spmd.api.reader import Reader, count_lines, input_digest
 from spmd.api.rows import BadRow, Job, RowParser
-from spmd.api.source import SKIPPED, Skipped
+from spmd.api.source import SKIPPED, NotYet, Skipped
 from spmd.config import SamplingConfig
 from spmd.journal.key_table import KeyTable, pack
 from tests.support.broken_rows import MAX_MODEL_LEN, make_rows
@@ -27,9 +27,9 @@ def write(path: Path, lines: Iterable[bytes]) -> str:
 
 def rows_of(reader: Reader, dp: int = 1, dp_rank: int = 0) -> list[Result]:
     """The rows of one of `dp` replicas, which are dealt out in turn."""
-    taken: list[Result | Skipped | None] = [reader.take(dp_rank == 0)]
+    taken: list[Result | Skipped | NotYet | None] = [reader.next_row(dp_rank == 0)]
     while taken[-1] is not None:
-        taken.append(reader.take(len(taken) % dp == dp_rank))
+        taken.append(reader.next_row(len(taken) % dp == dp_rank))
     assert all((row is SKIPPED) == (turn % dp != dp_rank) for turn, row in enumerate(taken[:-1]))
     return [row for row in taken if isinstance(row, Result)]
 
@@ -84,7 +84,7 @@ def test_blank_lines_count_nowhere_and_the_last_newline_may_be_missing(tmp_path:
 
 def test_it_streams(tmp_path: Path) -> None:
     reader = Reader(write(tmp_path / "in.jsonl", [b'{"prompt": "hello"}\n'] * 1000), PARSER)
-    assert isinstance(reader.take(True), Job)
+    assert isinstance(reader.next_row(True), Job)
     assert reader.rows == 1 and reader.consumed == reader.size // 1000
 
 
@@ -104,7 +104,7 @@ def test_memory_is_a_digest_a_row(tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", lines)
     reader = Reader(path, PARSER)
     tracemalloc.start()
-    while reader.take(False):
+    while reader.next_row(False):
         pass
     assert reader.rows == 20000
     peak = tracemalloc.get_traced_memory()[1]

@@ -7,7 +7,7 @@ from spmd.bench.host import measure
 def test_every_decode_tick_is_measured_whole_and_in_parts(pp: int, lookahead: int) -> None:
     seconds = measure(running=8, tokens=40, pp=pp, lookahead=lookahead)
     whole = seconds.pop("tick")
-    always = {"take", "commit", "feed", "schedule", "inputs", "greedy", "judge", "post"}
+    always = {"receive", "commit", "feed", "schedule", "inputs", "greedy", "judge", "post"}
     assert set(seconds) == always | ({"feedback"} if lookahead else set())
     assert len(whole) > 300
     for tick, *parts in zip(whole, *seconds.values(), strict=True):

@@ -85,7 +85,7 @@ def combinations() -> list[Any]:
 
 
 @pytest.mark.parametrize(("options", "topology"), combinations())
-def test_pitfall_1_every_option_on_every_topology(
+def test_every_option_on_every_topology(
     ranks: Ranks, task: Solved, tmp_path: Path, options: str, topology: str
 ) -> None:
     model = "qwen3_7" if topology == "pp3" else "qwen3"
@@ -126,7 +126,7 @@ def mixtures(number: int, seed: int = 0) -> list[Any]:
 
 
 @pytest.mark.parametrize(("model", "topology", "options"), mixtures(100))
-def test_pitfall_1_random_mixtures(
+def test_random_mixtures_change_no_token(
     ranks: Ranks, task: Solved, tmp_path: Path, model: str, topology: str, options: dict[str, Any]
 ) -> None:
     solve(ranks, task(model), tmp_path, topology, options)

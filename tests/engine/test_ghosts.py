@@ -71,17 +71,17 @@ def test_equal_plans_whoever_is_late(ranks: Ranks, qwen3: Task, tmp_path: Path, 
     assert len({tuple(tick.digests for tick in report.ticks) for report in reports}) == 1
 
 
-def drive_deferring(rank: int, config: Config, defer: int) -> Report:
-    """Leave samples where they are for `defer` ticks, as on a GPU."""
-    with patch.object(Stage, "result_lag", PropertyMock(return_value=defer)):
+def drive_lagging(rank: int, config: Config, lag: int) -> Report:
+    """Leave samples where they are for `lag` ticks, as on a GPU."""
+    with patch.object(Stage, "result_lag", PropertyMock(return_value=lag)):
         return drive(rank, config)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
-@pytest.mark.parametrize("defer", [1, 9])
+@pytest.mark.parametrize("lag", [1, 9])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_leader_may_hold_packets_back_until_they_are_taken(
-    ranks: Ranks, qwen3: Task, tmp_path: Path, topology: str, defer: int, lookahead: int
+def test_the_leader_may_hold_packets_back_until_they_are_received(
+    ranks: Ranks, qwen3: Task, tmp_path: Path, topology: str, lag: int, lookahead: int
 ) -> None:
     config = configure(qwen3.model, qwen3.input, str(tmp_path), TOPOLOGIES[topology], lookahead=lookahead)
-    assert answers(run(ranks, config, drive_deferring, defer)) == qwen3.answers
+    assert answers(run(ranks, config, drive_lagging, lag)) == qwen3.answers

@@ -38,7 +38,7 @@ def longest_wait(ticks: list[Tick]) -> int:
 
 
 @pytest.mark.parametrize(("seats", "pp"), [(17, 2), (10, 4)])
-def test_pitfall_2_seats_that_no_stage_divides_all_progress(
+def test_seats_that_no_stage_divides_all_progress(
     ranks: Ranks, qwen3: Task, tmp_path: Path, seats: int, pp: int
 ) -> None:
     reports = run(ranks, configure(qwen3.model, qwen3.input, str(tmp_path), (1, pp, 1), max_num_seqs=seats))
@@ -48,7 +48,7 @@ def test_pitfall_2_seats_that_no_stage_divides_all_progress(
 
 
 @pytest.mark.parametrize("async_depth", [0, 2])
-def test_pitfall_4_one_request_in_a_deep_ring(ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int) -> None:
+def test_one_request_in_a_deep_ring(ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int) -> None:
     first = Path(qwen3.input).read_text().splitlines()[0]
     (tmp_path / "one.jsonl").write_text(first + "\n")
     config = configure(qwen3.model, f"{tmp_path}/one.jsonl", str(tmp_path), (1, 4, 1), async_depth=async_depth)
@@ -58,7 +58,7 @@ def test_pitfall_4_one_request_in_a_deep_ring(ranks: Ranks, qwen3: Task, tmp_pat
 
 
 @pytest.mark.parametrize("prefill", ["mixed", "exclusive"])
-def test_pitfall_5_all_stages_agree_on_the_phase(ranks: Ranks, qwen3: Task, tmp_path: Path, prefill: str) -> None:
+def test_all_stages_agree_on_the_phase(ranks: Ranks, qwen3: Task, tmp_path: Path, prefill: str) -> None:
     """Prompts of k and k + 1 tokens, of one, and known ones; middle chunks give no token and use no randomness."""
     config = configure(
         qwen3.model, qwen3.input, str(tmp_path), (1, 3, 1), prefill=prefill, max_num_batched_tokens=8, async_depth=1
@@ -76,7 +76,7 @@ def test_pitfall_5_all_stages_agree_on_the_phase(ranks: Ranks, qwen3: Task, tmp_
 
 
 @pytest.mark.parametrize("async_depth", [0, 2])
-def test_pitfall_6_no_ghost_tokens_with_preemption(ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int) -> None:
+def test_no_ghost_tokens_with_preemption(ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int) -> None:
     config = configure(
         qwen3.model, qwen3.input, str(tmp_path), (1, 2, 1), num_blocks=16, max_num_seqs=12, async_depth=async_depth
     )
@@ -89,9 +89,7 @@ def test_pitfall_6_no_ghost_tokens_with_preemption(ranks: Ranks, qwen3: Task, tm
 
 
 @pytest.mark.parametrize("layers", [None, [1, 5, 1], [5, 1, 1]])
-def test_pitfall_8_uneven_stages_and_tied_embeddings(
-    ranks: Ranks, qwen3: Task, tmp_path: Path, layers: list[int] | None
-) -> None:
+def test_uneven_stages_and_tied_embeddings(ranks: Ranks, qwen3: Task, tmp_path: Path, layers: list[int] | None) -> None:
     with safe_open(f"{qwen3.model}/model.safetensors", "pt") as file:
         assert "lm_head.weight" not in list(file.keys())
     reports = run(ranks, configure(qwen3.model, qwen3.input, str(tmp_path), (1, 3, 1), layers))
@@ -106,7 +104,7 @@ def test_pitfall_8_uneven_stages_and_tied_embeddings(
         (2, [3, 3, 1], "has 3 stages and 7 layers; it must list 2 counts"),
     ],
 )
-def test_pitfall_8_a_wrong_split_ends_the_start(qwen3: Task, pp: int, layers: list[int] | None, message: str) -> None:
+def test_a_wrong_split_ends_the_start(qwen3: Task, pp: int, layers: list[int] | None, message: str) -> None:
     config = Config(model=ModelConfig(path=qwen3.model), topology=TopologyConfig(pp=pp, layers=layers))
     with pytest.raises(ValueError, match=message):
         read_model(config)
@@ -126,15 +124,13 @@ def drive_poisoned(rank: int, config: Config) -> Report:
         return drive(rank, config)
 
 
-def test_pitfall_9_nobody_reads_a_buffer_that_was_sent(ranks: Ranks, qwen3: Task, tmp_path: Path) -> None:
+def test_nobody_reads_a_buffer_that_was_sent(ranks: Ranks, qwen3: Task, tmp_path: Path) -> None:
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 3, 1), max_num_batched_tokens=8)
     assert answers(run(ranks, config, drive_poisoned)) == qwen3.answers
 
 
 @pytest.mark.parametrize("async_depth", [0, 1, 2])
-def test_pitfall_10_seats_change_hands_before_packets_land(
-    ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int
-) -> None:
+def test_seats_change_hands_before_packets_land(ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int) -> None:
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 1), max_num_seqs=2, async_depth=async_depth)
     reports = run(ranks, config)
     assert answers(reports) == qwen3.answers
@@ -148,7 +144,7 @@ def test_pitfall_10_seats_change_hands_before_packets_land(
         *(pytest.param(late, marks=pytest.mark.full) for late in ((0.0, 5.0, 0.0, 0.0), (0.0, 0.0, 5.0, 0.0))),
     ],
 )
-def test_pitfall_11_equal_plans_whoever_is_late(
+def test_equal_plans_whoever_is_late(
     ranks: Ranks, task: Callable[[str], Task], tmp_path: Path, delays_ms: tuple[float, ...]
 ) -> None:
     solved = task("qwen3")
@@ -165,9 +161,7 @@ def drive_poor(rank: int, config: Config, rooms: list[int]) -> Report:
 
 
 @pytest.mark.parametrize("poor", [0, 1, 2])
-def test_pitfall_12_the_poorest_rank_decides_the_number_of_blocks(
-    ranks: Ranks, qwen3: Task, tmp_path: Path, poor: int
-) -> None:
+def test_the_poorest_rank_decides_the_number_of_blocks(ranks: Ranks, qwen3: Task, tmp_path: Path, poor: int) -> None:
     stages = [len(stage) for stage in split_layers(7, 3)]
     rooms = [40 * BYTES_PER_LAYER * stage for stage in stages]
     rooms[poor] = 25 * BYTES_PER_LAYER * stages[poor] + 1
@@ -178,7 +172,7 @@ def test_pitfall_12_the_poorest_rank_decides_the_number_of_blocks(
 
 
 @pytest.mark.parametrize("topology", [(1, 2, 2), (2, 1, 2)])
-def test_pitfall_12_one_rank_samples_with_the_request_s_own_seed(
+def test_one_rank_samples_with_the_request_s_own_seed(
     ranks: Ranks, qwen3: Task, tmp_path: Path, topology: tuple[int, int, int]
 ) -> None:
     reports = run(ranks, configure(qwen3.model, qwen3.input, str(tmp_path), topology))

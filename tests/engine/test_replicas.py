@@ -50,9 +50,7 @@ def combinations() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("topology", "balance"), combinations())
-def test_pitfall_1_balance_changes_no_token(
-    ranks: Ranks, qwen3: Task, tmp_path: Path, topology: str, balance: str
-) -> None:
+def test_balance_changes_no_token(ranks: Ranks, qwen3: Task, tmp_path: Path, topology: str, balance: str) -> None:
     config = configure(
         qwen3.model, qwen3.input, str(tmp_path), TOPOLOGIES[topology], balance=BALANCES[balance], max_num_seqs=2
     )
@@ -67,7 +65,7 @@ def test_pitfall_1_balance_changes_no_token(
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("model", MODELS)
-def test_pitfall_1_every_gate_and_way_to_share_on_every_topology(
+def test_every_gate_and_way_to_share_on_every_topology(
     ranks: Ranks, task: Solved, tmp_path: Path, model: str, topology: str, gate: str, share: str
 ) -> None:
     name, ep = MODELS[model]
@@ -107,7 +105,7 @@ def random_runs(number: int, seed: int = 0) -> list[Any]:
 
 
 @pytest.mark.parametrize(("model", "topology", "balance", "options", "delays_ms"), random_runs(100))
-def test_pitfall_15_as_many_exchanges_on_every_rank_whoever_is_late(
+def test_as_many_exchanges_on_every_rank_whoever_is_late(
     ranks: Ranks,
     task: Solved,
     tmp_path: Path,
@@ -128,7 +126,7 @@ def test_pitfall_15_as_many_exchanges_on_every_rank_whoever_is_late(
 
 @pytest.mark.parametrize("share", ["dynamic", "static"])
 @pytest.mark.parametrize(("dp", "rows"), [(2, 1), (4, 3), (3, 7)])
-def test_pitfall_14_a_list_shorter_than_the_replicas(
+def test_a_list_shorter_than_the_replicas(
     ranks: Ranks, qwen3: Task, tmp_path: Path, dp: int, rows: int, share: str
 ) -> None:
     lines = Path(qwen3.input).read_text().splitlines(keepends=True)[:rows]
@@ -142,7 +140,7 @@ def test_pitfall_14_a_list_shorter_than_the_replicas(
 @pytest.mark.parametrize("lengths", [[100, *[1] * 11], [24, 1] * 6], ids=["one is long", "every second one is long"])
 @pytest.mark.parametrize("share", ["dynamic", "static"])
 @pytest.mark.parametrize("model", ["dense", "shared_experts"])
-def test_pitfall_14_most_of_the_work_on_one_replica(
+def test_most_of_the_work_on_one_replica(
     ranks: Ranks, task: Solved, tmp_path: Path, model: str, share: str, lengths: list[int]
 ) -> None:
     name, ep = MODELS[model]
@@ -160,13 +158,13 @@ def test_pitfall_14_most_of_the_work_on_one_replica(
 @pytest.mark.parametrize(
     ("seats", "gate"), [(1, "saturated"), (1, "interval"), (2, "saturated"), (2, "near"), (2, "interval")]
 )
-def test_pitfall_16_few_seats_behind_a_gate(ranks: Ranks, qwen3: Task, tmp_path: Path, seats: int, gate: str) -> None:
+def test_few_seats_behind_a_gate(ranks: Ranks, qwen3: Task, tmp_path: Path, seats: int, gate: str) -> None:
     balance = BalanceConfig(gate=gate)
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (3, 1, 1), balance=balance, max_num_seqs=seats)
     assert answers(run(ranks, config)) == qwen3.answers
 
 
-def test_pitfall_16_one_replica_exchanges_nothing(ranks: Ranks, qwen3: Task, tmp_path: Path) -> None:
+def test_one_replica_exchanges_nothing(ranks: Ranks, qwen3: Task, tmp_path: Path) -> None:
     balance = BalanceConfig(gate="saturated", patience=1)
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 1), balance=balance)
     reports = run(ranks, config)

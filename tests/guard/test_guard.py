@@ -23,27 +23,27 @@ SLOW_MS = 3.0
 
 def no_admission(engine: Engine) -> None:
     """The plan is another: from now on it admits nobody."""
-    engine.balance.admits = lambda *_: False  # type: ignore[method-assign]
+    engine.replicas.admits = lambda *_: False  # type: ignore[method-assign]
 
 
 def lost_block(engine: Engine) -> None:
-    engine.scheduler.pool.take()
+    engine.scheduler.pool.pop()
     engine.scheduler.check = lambda *_: None  # type: ignore[method-assign]  # the test's own would notice first
 
 
 def other_token(engine: Engine) -> None:
     """The next packet with tokens reaches this rank with another one."""
-    take = PacketWire.take
+    receive = PacketWire.receive
     spoilt: list[int] = []
 
     def spoil(self: PacketWire) -> Packet:
-        packet = take(self)
+        packet = receive(self)
         if packet.tokens and not spoilt:
             spoilt.append(packet.tokens[0])
             packet.tokens[0] ^= 1
         return packet
 
-    PacketWire.take = spoil  # type: ignore[method-assign]
+    PacketWire.receive = spoil  # type: ignore[method-assign]
 
 
 def fails(engine: Engine) -> None:

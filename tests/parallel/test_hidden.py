@@ -82,10 +82,10 @@ def test_each_tensor_rank_talks_to_its_own_peer(ranks: Ranks) -> None:
     assert all(ranks.run(4, passed_on, 2, 2, (4, 1, 9, 9, 2), 2))
 
 
-def test_pitfall_9_buffers_outlive_their_isend(ranks: Ranks) -> None:
+def test_buffers_outlive_their_isend(ranks: Ranks) -> None:
     for slots in (1, 2, 4):
         assert all(ranks.run(2, poisoned, slots, 5))
 
 
-def test_pitfall_9_no_more_buffers_are_kept_than_are_in_flight(ranks: Ranks) -> None:
+def test_no_more_buffers_are_kept_than_are_in_flight(ranks: Ranks) -> None:
     assert ranks.run(2, kept, 2) == [2, 0]

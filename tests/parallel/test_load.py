@@ -15,47 +15,47 @@ from tests.support.ranks import Ranks
 TICKS = 12
 
 
-def told(dp_rank: int, tick: int) -> list[int]:
+def reported(dp_rank: int, tick: int) -> list[int]:
     return [dp_rank, tick, 2**31 - 1, 0, -1]
 
 
 def exchange(rank: int, lag: int, dp: int, pp: int = 1) -> tuple[list[list[list[int]] | None], int]:
-    """What this rank took before each launch and after the last one, and how often it launched."""
+    """What this rank received before each launch and after the last one, and how often it launched."""
     topology, rng = Topology(dp, pp, rank=rank), random.Random(rank)
     groups = connect(topology, torch.device("cpu"))
     assert groups.load is not None
-    wire, taken = LoadExchange(groups.load, dp, lag), []
+    wire, received = LoadExchange(groups.load, dp, lag), []
     for tick in range(TICKS):
-        taken.append(wire.take())
-        wire.launch(told(topology.dp_rank, tick))
+        received.append(wire.receive())
+        wire.launch(reported(topology.dp_rank, tick))
         time.sleep(rng.random() / 200)
-    taken.append(wire.take())
+    received.append(wire.receive())
     wire.drain()
-    assert wire.take() is None
+    assert wire.receive() is None
     assert wire.seconds > 0
-    return taken, wire.count
+    return received, wire.count
 
 
 def ahead(rank: int, lag: int) -> bool:
-    """Whether a rank can be `lag` ticks ahead of another, which launches nothing before it is told to."""
+    """Whether a rank can be `lag` ticks ahead of another, which launches nothing before it is asked to."""
     groups = connect(Topology(2, rank=rank), torch.device("cpu"))
     assert groups.load is not None
     wire = LoadExchange(groups.load, 2, lag)
     if rank == 1:
         dist.recv(torch.zeros(1), 0)
     for tick in range(lag):
-        assert wire.take() is None
-        wire.launch(told(rank, tick))
+        assert wire.receive() is None
+        wire.launch(reported(rank, tick))
     if rank == 0:
         dist.send(torch.zeros(1), 1)
-    wire.launch(told(rank, lag))
-    return wire.take() == [told(0, 0), told(1, 0)] and (wire.drain() is None)
+    wire.launch(reported(rank, lag))
+    return wire.receive() == [reported(0, 0), reported(1, 0)] and (wire.drain() is None)
 
 
 @pytest.mark.parametrize(("dp", "pp"), [(2, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize("lag", [0, 1, 4])
-def test_pitfall_15_every_rank_takes_the_same_loads_of_lag_ticks_ago(ranks: Ranks, dp: int, pp: int, lag: int) -> None:
-    expected = [None] * (lag + 1) + [[told(replica, tick) for replica in range(dp)] for tick in range(TICKS - lag)]
+def test_every_rank_receives_the_same_loads_of_lag_ticks_ago(ranks: Ranks, dp: int, pp: int, lag: int) -> None:
+    expected = [None] * (lag + 1) + [[reported(replica, tick) for replica in range(dp)] for tick in range(TICKS - lag)]
     assert ranks.run(dp * pp, exchange, lag, dp, pp) == [(expected, TICKS)] * (dp * pp)
 
 
@@ -73,6 +73,6 @@ def test_ranks_of_equal_place_in_their_replicas_exchange(ranks: Ranks) -> None:
     assert ranks.run(3, groups_of, 3, 1, 1) == [[0, 1, 2]] * 3
 
 
-def test_pitfall_16_one_replica_has_no_group(ranks: Ranks) -> None:
+def test_one_replica_has_no_group(ranks: Ranks) -> None:
     assert ranks.run(2, groups_of, 1, 2, 1) == [None, None]
     assert ranks.run(1, groups_of, 1, 1, 1) == [None]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from spmd.parallel.groups import connect
-from spmd.parallel.packet import Packet, PacketWire
+from spmd.parallel.packet import Packet, PacketQueue, PacketWire
 from spmd.topology import Topology
 from tests.support.ranks import Ranks
 
@@ -25,25 +25,26 @@ def wire(rank: int, size: int) -> PacketWire:
     """A replica of `size` stages, whose leader is its last rank."""
     topology = Topology(pp=size, rank=rank)
     groups = connect(topology, torch.device("cpu"))
-    return PacketWire(groups.packets, topology.leader, topology.is_leader, MOST)
+    assert groups.packets is not None
+    return PacketWire(groups.packets, topology.leader, MOST)
 
 
 def in_flight(rank: int, depth: int) -> list[Packet]:
-    """What this rank takes when each packet is taken `depth` ticks after it was posted, at a pace of its own."""
-    packets, taken, rng = wire(rank, 3), [], random.Random(rank)
+    """What this rank gets when each packet is received `depth` ticks after it was posted, at a pace of its own."""
+    packets, received, rng = wire(rank, 3), [], random.Random(rank)
     for tick, packet in enumerate(SENT):
         if tick >= depth:
-            taken.append(packets.take())
-        packets.post(packet if packets.is_leader else None)
+            received.append(packets.receive())
+        packets.post(packet if rank == 2 else None)
         time.sleep(rng.random() / 100)
-    taken += [packets.take() for _ in range(min(depth, len(SENT)))]
-    return taken
+    received += [packets.receive() for _ in range(min(depth, len(SENT)))]
+    return received
 
 
 def late_leader(rank: int) -> bool:
     """Whether posting went on without waiting for the leader, which waits until all others have posted."""
     packets = wire(rank, 2)
-    if packets.is_leader:
+    if rank == 1:
         dist.recv(torch.zeros(1), 0)
         for packet in SENT:
             packets.post(packet)
@@ -51,10 +52,10 @@ def late_leader(rank: int) -> bool:
         for _ in SENT:
             packets.post()
         dist.send(torch.zeros(1), 1)
-    return [packets.take() for _ in SENT] == SENT
+    return [packets.receive() for _ in SENT] == SENT
 
 
-def test_every_rank_takes_what_the_leader_posted_in_order(ranks: Ranks) -> None:
+def test_every_rank_receives_what_the_leader_posted_in_order(ranks: Ranks) -> None:
     for depth in (1, 2, 4):
         assert ranks.run(3, in_flight, depth) == [SENT] * 3
 
@@ -64,7 +65,7 @@ def test_posting_waits_for_nobody(ranks: Ranks) -> None:
 
 
 def test_a_leader_alone_needs_no_group() -> None:
-    packets = PacketWire(None, 0, True, MOST)
+    packets = PacketQueue()
     for packet in SENT:
         packets.post(packet)
-    assert [packets.take() for _ in SENT] == SENT
+    assert [packets.receive() for _ in SENT] == SENT

@@ -27,8 +27,7 @@ def loop(ticks: int, config: ProfileConfig, folder: Path) -> None:
         for tick in range(ticks):
             matrix = torch.ones(tick, tick)
             (torch.mm if tick % 2 else torch.add)(matrix, matrix)
-            if watch:
-                watch(None)
+            watch(None)
 
 
 @pytest.mark.parametrize(("first", "end", "recorded"), [(0, 1, ["aten::add"]), (2, 4, ["aten::add", "aten::mm"])])

@@ -31,7 +31,7 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
     ]
     made = [request([i % 7, 5, 5], temperature=0.0, **kinds[i % 4]) for i in range(40)]
     for tick in range(30):
-        present = [r for i, r in enumerate(made) if r.finish_reason is None and (i + tick) % 3]
+        present = [r for i, r in enumerate(made) if not r.finished and (i + tick) % 3]
         scores = logits(len(present), tick) / 3
         tokens, _ = sampler.sample(scores, present, here(present)).fetch()
         for row, each, token in zip(scores.tolist(), present, tokens, strict=True):
@@ -39,7 +39,7 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
             assert best[token] == pytest.approx(max(best), abs=1e-5)
             each.tokens.append(token)
             if each.num_output == 12:
-                each.finish_reason = "length"
+                each.finished = True
     assert len(sampler.counts.table) <= 64
 
 
@@ -50,7 +50,7 @@ def test_rows_of_finished_requests_are_used_again() -> None:
         scores = torch.zeros(1, VOCAB)
         scores[0, [1, 2]] = torch.tensor([1.5, 1.0])
         assert sampler.sample(scores, [made], [3]).fetch()[0] == [2]
-        made.finish_reason = "stop"
+        made.finished = True
     assert len(sampler.counts.table) == 8
 
 
@@ -94,18 +94,24 @@ def test_a_request_computed_again_after_preemption_counts_nothing_twice() -> Non
         assert made.tokens[-1:] == expected[0]
 
 
-def test_the_last_rows_of_a_finished_request_harm_no_other() -> None:
-    """A request is known to have finished while it is in later plans; its row of counts has a new owner by then."""
+def test_the_last_rows_of_an_ended_request_harm_no_other() -> None:
+    """Until the plan that ends it is committed it is in later plans; its row of counts is its own as long."""
     params = {"temperature": 0.0, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
     sampler, alone = Sampler(VOCAB, "cpu"), Sampler(VOCAB, "cpu")
     ghosts = [request([i], **params) for i in range(8)]  # the table's first rows
     for tick in range(3):
         sampler.sample(logits(8, tick), ghosts, [1 + tick] * 8)
-    for ghost in ghosts:
-        ghost.finish_reason = "stop"
     heirs, copies = ([request([i], **params) for i in range(8)] for _ in range(2))
     for tick in range(6):
         scores = logits(8, 10 + tick) / 3
         mixed = sampler.sample(torch.cat([scores, scores]), [*heirs, *ghosts], [1 + tick] * 8 + [4 + tick] * 8)
         assert mixed.fetch()[0][:8] == alone.sample(scores, copies, [1 + tick] * 8).fetch()[0]
-    assert len(sampler.counts.table) == 8
+    assert len(sampler.counts.table) == 16
+    for ghost in ghosts:
+        ghost.finished = True  # committed: it is in no plan from now on
+    last, others = ([request([i], **params) for i in range(8)] for _ in range(2))
+    for tick in range(3):
+        scores = logits(16, 20 + tick) / 3
+        mixed = sampler.sample(scores, [*heirs, *last], [7 + tick] * 8 + [1 + tick] * 8).fetch()[0]
+        assert mixed == alone.sample(scores, [*copies, *others], [7 + tick] * 8 + [1 + tick] * 8).fetch()[0]
+    assert len(sampler.counts.table) == 16

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from spmd.api.rows import Job
-from spmd.bench.balance import Fleet, lognormal_jobs, make_job
+from spmd.bench.balance import lognormal_jobs, make_job
+from spmd.bench.simulation import Fleet
+from spmd.parallel.replicas import Alone
 from spmd.schedule.balance import EXHAUSTED, Balance, Demand, Gate, Load, Rules, Turns
 from spmd.schedule.scheduler import Limits
 
@@ -91,10 +93,24 @@ def test_in_turn_each_reads_on_when_it_has_room() -> None:
     assert Turns(rules(by_priority=True)).next(15) is not None
 
 
-def test_pitfall_16_one_replica_takes_all_and_admits_at_once() -> None:
-    balance = Balance(Rules(4))
-    assert [balance.next(held) for held in (0, 3, 4)] == [True, True, None]
-    assert balance.admits(1, running=3, waiting=1)
+def test_one_replica_takes_all_and_admits_at_once() -> None:
+    alone = Alone(Rules(4))
+    assert [alone.next_row(held) for held in (0, 3, 4)] == [True, True, None]
+    assert alone.admits(1, running=3, waiting=1)
+    assert [Alone(Rules(4, by_priority=True)).next_row(held) for held in (7, 8)] == [True, None]
+
+
+def test_one_replica_knows_by_itself_when_it_is_over() -> None:
+    for last, over in [
+        (load(flags=EXHAUSTED), True),
+        (load(running=1, flags=EXHAUSTED), False),
+        (load(waiting=1, flags=EXHAUSTED), False),
+        (load(), False),
+        (load(running=1, stop=77), True),
+    ]:
+        alone = Alone(Rules(4))
+        assert alone.report(last) is None
+        assert (alone.over, alone.stopped, alone.loads) == (over, last.stop, (last,))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,7 @@ def test_pitfall_16_one_replica_takes_all_and_admits_at_once() -> None:
 def test_a_gate_looks_at_all_replicas(gate: str, others: int, opens: bool) -> None:
     each = Gate(rules(gate=gate))
     assert each.open([load(3), load(others)], 1, running=3, waiting=1) == opens
-    assert each.open(None, 1, running=3, waiting=1), "nothing is known yet"
+    assert each.open((), 1, running=3, waiting=1), "nothing is known yet"
     assert each.frozen_ticks == (not opens)
 
 
@@ -125,7 +141,7 @@ def test_only_ticks_that_held_somebody_back_are_frozen() -> None:
     assert gate.frozen_ticks == 0
 
 
-def test_pitfall_16_patience_ends_and_an_idle_replica_has_none() -> None:
+def test_patience_ends_and_an_idle_replica_has_none() -> None:
     gate, loads = Gate(rules(gate="saturated", patience=3)), [load(8), load(8)]
     assert [gate.open(loads, 1, 3, 1) for _ in range(8)] == [False, False, False, True] * 2
     assert gate.frozen_ticks == 6
@@ -162,12 +178,12 @@ def test_mixed_ticks_have_prompts_here_and_only_decodes_there() -> None:
 def finished(fleet: Fleet, rows: int) -> list[int]:
     """Rows answered by each replica, after asserting what holds for every run."""
     assert len(set(fleet.ticks)) == 1, "the same tick is the last"
-    assert {len(written) for written in fleet.board.written} == {fleet.ticks[0]}, "and everybody told as many loads"
-    for engine in fleet.engines:
-        assert engine.exhausted and not engine.scheduler.num_requests
-        assert not engine.leader.rows
-    answered = [engine.leader.metrics.rows_ok for engine in fleet.engines]
-    assert answered == [engine.rows for engine in fleet.engines]
+    assert {len(written) for written in fleet.board.written} == {fleet.ticks[0]}, "and everybody reported as many loads"
+    for replica in fleet.replicas:
+        assert replica.engine.exhausted and not replica.scheduler.num_requests
+        assert sorted(request.index for request in replica.results.finished) == replica.results.opened
+    answered = [len(replica.results.finished) for replica in fleet.replicas]
+    assert answered == [replica.engine.rows for replica in fleet.replicas]
     assert sum(answered) == rows, "each row is answered once"
     return answered
 
@@ -177,7 +193,7 @@ def rows_of(*lengths: int) -> Callable[[], list[Job]]:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_pitfall_15_the_same_number_of_exchanges_in_any_order(seed: int) -> None:
+def test_the_same_number_of_exchanges_in_any_order(seed: int) -> None:
     rng = random.Random(seed)
     seats, slots = rng.choice([1, 2, 3, 8]), rng.randint(1, 3)
     each = Rules(
@@ -207,12 +223,12 @@ def test_pitfall_15_the_same_number_of_exchanges_in_any_order(seed: int) -> None
 
 @pytest.mark.parametrize("share", ["dynamic", "static"])
 @pytest.mark.parametrize(("dp", "rows"), [(2, 0), (2, 1), (4, 3), (3, 7)])
-def test_pitfall_14_fewer_rows_than_replicas_or_seats(dp: int, rows: int, share: str) -> None:
+def test_fewer_rows_than_replicas_or_seats(dp: int, rows: int, share: str) -> None:
     answered = finished(Fleet(Rules(4, dp=dp, share=share), rows_of(*range(1, rows + 1))).run(), rows)
     assert answered == [len(range(replica, rows, dp)) for replica in range(dp)]
 
 
-def test_pitfall_14_rows_that_are_long_in_turn_are_shared_out() -> None:
+def test_rows_that_are_long_in_turn_are_shared_out() -> None:
     """Dealt out in turn, one replica would get all long ones."""
     lengths = [100, 2, 2, 2] * 100
     dynamic, static = (Fleet(Rules(4, dp=4, share=share), rows_of(*lengths)).run() for share in ("dynamic", "static"))
@@ -223,7 +239,7 @@ def test_pitfall_14_rows_that_are_long_in_turn_are_shared_out() -> None:
     assert dynamic.idle_tail < 0.1
 
 
-def test_pitfall_14_a_replica_that_drains_early_waits_for_the_others() -> None:
+def test_a_replica_that_drains_early_waits_for_the_others() -> None:
     fleet = Fleet(Rules(2, dp=3), rows_of(500, 3, 3)).run(random.Random(0))
     finished(fleet, 3)
     assert max(fleet.busy[1:]) < 10 and fleet.busy[0] >= 500
@@ -233,7 +249,7 @@ def test_pitfall_14_a_replica_that_drains_early_waits_for_the_others() -> None:
 @pytest.mark.parametrize(
     ("seats", "gate"), [(1, "off"), (1, "saturated"), (1, "interval"), *((2, gate) for gate in GATES)]
 )
-def test_pitfall_16_few_seats_and_one_long_request(seats: int, gate: str, share: str) -> None:
+def test_few_seats_and_one_long_request(seats: int, gate: str, share: str) -> None:
     """The others neither stand still nor wait for its end."""
     fleet = Fleet(Rules(seats, dp=3, gate=gate, share=share, patience=16), rows_of(1000, *[10] * 60))
     held: list[list[int]] = [[], [], []]
@@ -242,7 +258,7 @@ def test_pitfall_16_few_seats_and_one_long_request(seats: int, gate: str, share:
         for replica in range(3):
             if held[replica][-1:] != [-1] and fleet.board.may_tick(replica):
                 over = fleet.tick(replica)
-                held[replica].append(-1 if over else fleet.engines[replica].balance.gate.held)
+                held[replica].append(-1 if over else fleet.balances[replica].gate.held)
                 done += over
     finished(fleet, 61)
     assert max(max(ticks) for ticks in held) <= 16, "nobody is held longer than patience"
@@ -255,10 +271,10 @@ def test_a_gate_makes_replicas_prefill_together() -> None:
     def mixed(gate: str) -> float:
         fleet = Fleet(Rules(16, dp=4, gate=gate), lambda: lognormal_jobs(600, sigma=0.5)).run()
         finished(fleet, 600)
-        frozen = sum(engine.balance.gate.frozen_ticks for engine in fleet.engines)
+        frozen = sum(balance.frozen_ticks for balance in fleet.balances)
         assert (frozen > 0) == (gate != "off")
-        assert len({engine.balance.mixed_ticks for engine in fleet.engines}) == 1
-        return fleet.engines[0].balance.mixed_ticks
+        assert len({balance.mixed_ticks for balance in fleet.balances}) == 1
+        return fleet.balances[0].mixed_ticks
 
     off = mixed("off")
     assert mixed("saturated") < off / 2

@@ -12,7 +12,7 @@ def chain(*blocks: list[int]) -> list[bytes]:
 
 def test_every_block_but_the_null_block_can_be_taken_once():
     pool = BlockPool(5, 4, caching=True)
-    taken = [pool.take() for _ in range(pool.num_free)]
+    taken = [pool.pop() for _ in range(pool.num_free)]
     assert sorted(taken) == [1, 2, 3, 4]
     assert NULL_BLOCK not in taken
     pool.check([taken])
@@ -28,33 +28,33 @@ def test_hash_covers_the_whole_prefix():
 def test_freed_blocks_are_found_until_they_are_reused():
     pool = BlockPool(4, 2, caching=True)
     hashes = chain([1, 2], [3, 4])
-    held = [pool.take(), pool.take()]
+    held = [pool.pop(), pool.pop()]
     for block, digest in zip(held, hashes, strict=True):
         pool.register(block, digest)
     pool.release(held)
     assert pool.find(hashes) == held
     assert pool.find(chain([1, 2], [9, 9])) == held[:1]
     for _ in range(2):  # the never used block first, then the end of the chain
-        pool.take()
+        pool.pop()
     assert pool.find(hashes) == held[:1]
 
 
 def test_least_recently_freed_is_reused_first():
     pool = BlockPool(4, 1, caching=True)
     hashes = [hash_block(b"", [token]) for token in range(3)]
-    blocks = [pool.take() for _ in range(3)]
+    blocks = [pool.pop() for _ in range(3)]
     for block, digest in zip(blocks, hashes, strict=True):
         pool.register(block, digest)
     for index in (1, 0, 2):
         pool.release([blocks[index]])
     pool.share(pool.find(hashes[1:2]))  # touched: 0 is now the oldest
-    assert pool.take() == blocks[0]
-    assert pool.take() == blocks[2]
+    assert pool.pop() == blocks[0]
+    assert pool.pop() == blocks[2]
 
 
 def test_shared_block_survives_one_holder():
     pool = BlockPool(3, 2, caching=True)
-    block = pool.take()
+    block = pool.pop()
     (digest,) = chain([1, 2])
     pool.register(block, digest)
     pool.share([block])
@@ -65,6 +65,6 @@ def test_shared_block_survives_one_holder():
 
 def test_check_sees_a_leak():
     pool = BlockPool(3, 2, caching=True)
-    pool.take()
+    pool.pop()
     with pytest.raises(AssertionError):
         pool.check([])

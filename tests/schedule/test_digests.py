@@ -28,12 +28,12 @@ def plans(altered: str | None = None, tick: int = 1) -> list[Plan]:
 
 
 def digests(altered: str | None = None, tick: int = 1) -> list[tuple[int, ...]]:
-    trail, kept = DigestChain(), []
+    chain, kept = DigestChain(), []
     for plan, (tokens, finished) in zip(plans(altered, tick), SAMPLED, strict=True):
-        kept.append(trail.plan(plan))
+        kept.append(chain.plan(plan))
         if altered == "tokens" and plan.tick + 1 == tick:
             tokens = [*tokens[:-1], 5]
-        trail.commit(tokens, finished)
+        chain.commit(tokens, finished)
     return kept
 
 
@@ -51,9 +51,9 @@ def test_an_end_is_as_good_as_a_token() -> None:
     assert first_difference(one.plan(Plan(0)), other.plan(Plan(0))) == "tokens"
 
 
-def test_marks_are_kept_and_fit_into_a_packet() -> None:
+def test_digests_are_kept_and_fit_into_a_packet() -> None:
     kept: list[tuple[int, tuple[int, ...]]] = []
-    trail = DigestChain(lambda tick, digests: kept.append((tick, digests)))
-    made = [trail.plan(plan) for plan in plans()]
+    chain = DigestChain(lambda tick, digests: kept.append((tick, digests)))
+    made = [chain.plan(plan) for plan in plans()]
     assert kept == [*enumerate(made)]
     assert all(0 <= digest < 2**32 for each in made for digest in each)

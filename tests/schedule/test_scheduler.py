@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from spmd.parallel.replicas import Alone
+from spmd.schedule.balance import Rules
 from spmd.schedule.digests import DigestChain
 from tests.support.simulation import Simulation, expected_output, make_request, make_scheduler, run_all
 
@@ -27,7 +29,7 @@ def test_imports_no_torch():
 
 @pytest.mark.parametrize(("max_num_seqs", "pp"), [(17, 2), (10, 4), (5, 3)])
 @pytest.mark.parametrize("async_depth", [0, 1, 2])
-def test_pitfall_2_every_request_progresses_whatever_the_remainder(max_num_seqs, pp, async_depth):
+def test_every_request_progresses_whatever_the_remainder(max_num_seqs, pp, async_depth):
     scheduler = make_scheduler(max_num_seqs, pp, async_depth)
     simulation = Simulation(scheduler).add(make_request(i, max_tokens=200) for i in range(max_num_seqs))
     warmed_up(simulation, max_num_seqs)
@@ -41,7 +43,7 @@ def test_pitfall_2_every_request_progresses_whatever_the_remainder(max_num_seqs,
 @pytest.mark.parametrize(
     ("running", "split"), [(1, [1, 0]), (7, [4, 3]), (8, [4, 4]), (9, [5, 4]), (15, [8, 7]), (16, [8, 8])]
 )
-def test_pitfall_3_decodes_are_shared_equally_among_the_slots(running, split):
+def test_decodes_are_shared_equally_among_the_slots(running, split):
     simulation = Simulation(make_scheduler(16, 2)).add(make_request(i, max_tokens=60) for i in range(running))
     warmed_up(simulation, running)
     sizes = [len(simulation.tick().requests) for _ in range(8)]
@@ -49,7 +51,7 @@ def test_pitfall_3_decodes_are_shared_equally_among_the_slots(running, split):
     assert sizes == sizes[:2] * 4
 
 
-def test_pitfall_3_what_is_left_is_split_again_after_a_group_ends():
+def test_what_is_left_is_split_again_after_a_group_ends():
     requests = [make_request(i, max_tokens=60 if i % 2 else 8) for i in range(16)]
     simulation = Simulation(make_scheduler(16, 2)).add(requests)
     while len(simulation.finished) < 8:
@@ -59,7 +61,7 @@ def test_pitfall_3_what_is_left_is_split_again_after_a_group_ends():
     assert [len(simulation.tick().requests) for _ in range(4)] == [4, 4, 4, 4]
 
 
-def test_pitfall_3_deeper_rings_hold_smaller_batches():
+def test_deeper_rings_hold_smaller_batches():
     simulation = Simulation(make_scheduler(128, 2, 1, num_blocks=2000, max_num_batched_tokens=512))
     simulation.add(make_request(i, max_tokens=100) for i in range(128))
     warmed_up(simulation, 128)
@@ -79,7 +81,7 @@ def test_decode_batches_are_padded_to_the_cap_or_a_bucket():
     assert {plan.padded_decodes for plan in (plain.tick() for _ in range(2))} == {0, 8}
 
 
-def test_pitfall_4_one_request_then_a_burst_then_nothing_for_long():
+def test_one_request_then_a_burst_then_nothing_for_long():
     scheduler = make_scheduler(8, 4)
     simulation = Simulation(scheduler).add([make_request(0)])
     simulation.run()
@@ -91,7 +93,7 @@ def test_pitfall_4_one_request_then_a_burst_then_nothing_for_long():
 
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("length", [1, 16, 17, 32, 33, 48])
-def test_pitfall_5_middle_chunks_sample_nothing(length, exclusive):
+def test_middle_chunks_sample_nothing(length, exclusive):
     scheduler = make_scheduler(8, 2, max_num_batched_tokens=16, exclusive=exclusive)
     simulation = run_all(scheduler, [make_request(0, length, 2)])
     chunks = [plan for plan in simulation.plans if plan.num_prompt_tokens]
@@ -101,7 +103,7 @@ def test_pitfall_5_middle_chunks_sample_nothing(length, exclusive):
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_pitfall_5_full_prefix_hit_computes_the_last_token_alone(exclusive):
+def test_full_prefix_hit_computes_the_last_token_alone(exclusive):
     scheduler = make_scheduler(8, 2, exclusive=exclusive)
     prompt = list(range(9))  # two full blocks and the token that must be computed
     simulation = run_all(scheduler, [make_request(0, prompt, 3)])
@@ -116,7 +118,7 @@ def test_pitfall_5_full_prefix_hit_computes_the_last_token_alone(exclusive):
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
-def test_pitfall_6_preempted_requests_give_the_same_tokens(async_depth, lookahead, exclusive, caching):
+def test_preempted_requests_give_the_same_tokens(async_depth, lookahead, exclusive, caching):
     sizes = {"num_blocks": 14, "max_num_batched_tokens": 16, "exclusive": exclusive, "caching": caching}
     scheduler = make_scheduler(8, 2, async_depth, lookahead=lookahead, **sizes)
     simulation = run_all(scheduler, [make_request(i, 3 + i % 5, 20 + i) for i in range(12)])
@@ -124,7 +126,7 @@ def test_pitfall_6_preempted_requests_give_the_same_tokens(async_depth, lookahea
     assert len(simulation.plans) < 2000
 
 
-def test_pitfall_6_a_request_in_flight_is_never_preempted():
+def test_a_request_in_flight_is_never_preempted():
     scheduler = make_scheduler(4, 2, num_blocks=9, block_size=2)
     simulation = Simulation(scheduler).add(make_request(i, 3, 9) for i in range(4))
     while scheduler.num_requests:
@@ -136,7 +138,7 @@ def test_pitfall_6_a_request_in_flight_is_never_preempted():
     assert scheduler.counters.preemptions > 0
 
 
-def test_pitfall_7_a_preempted_decode_gives_its_row_back():
+def test_a_preempted_decode_gives_its_row_back():
     scheduler = make_scheduler(4, 1, num_blocks=7, block_size=2, balanced=False)
     simulation = Simulation(scheduler).add(make_request(i, 2, 11) for i in range(4))
     seen = 0
@@ -151,7 +153,7 @@ def test_pitfall_7_a_preempted_decode_gives_its_row_back():
     assert seen
 
 
-def test_pitfall_7_blocks_are_cached_only_when_the_plan_is_final():
+def test_blocks_are_cached_only_when_the_plan_is_final():
     scheduler = make_scheduler(2, 1, num_blocks=5, block_size=2)
     simulation = Simulation(scheduler).add([make_request(0, 3, 6), make_request(1, 2, 6)])
     simulation.run()
@@ -160,7 +162,7 @@ def test_pitfall_7_blocks_are_cached_only_when_the_plan_is_final():
         assert list(request.output) == expected_output(request)
 
 
-def test_pitfall_10_a_row_reused_before_the_packet_lands():
+def test_a_row_reused_before_the_packet_lands():
     scheduler = make_scheduler(2, 2, async_depth=2)
     simulation = run_all(scheduler, [make_request(i, 3, 1 + i % 3) for i in range(20)])
     assert max(plan.num_decodes for plan in simulation.plans) == 1
@@ -238,19 +240,25 @@ def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
     assert copies[0] == copies[1]
 
 
+class Gated(Alone):
+    closed = False
+
+    def admits(self, tick, running, waiting):
+        return not self.closed
+
+
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("prefill_spread", [0, 4])
 def test_without_admission_seated_prompts_and_decodes_go_on(exclusive, prefill_spread):
     limits = {"max_num_batched_tokens": 8, "exclusive": exclusive, "prefill_spread": prefill_spread}
-    simulation = Simulation(make_scheduler(pp=1, **limits))
+    gated = Gated(Rules(16))
+    simulation = Simulation(make_scheduler(pp=1, **limits), replicas=gated)
     seated, late = make_request(0, prompt=20, max_tokens=9), make_request(1)
     simulation.add([seated]).tick()
     simulation.add([late])
-    for tick in range(1, 9):
-        simulation.commit()
-        plan = simulation.scheduler.schedule(tick, False)
-        simulation.ring.append(plan)
-        simulation.check(plan)
-        assert plan.requests == [seated]
+    gated.closed = True
+    for _ in range(1, 9):
+        assert simulation.tick().requests == [seated]
     assert simulation.scheduler.waiting == [late] and seated.num_output > 0
+    gated.closed = False
     assert sorted(request.index for request in simulation.run()) == [0, 1]

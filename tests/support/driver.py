@@ -13,11 +13,13 @@ from spmd.api.reader import Reader
 from spmd.api.rows import RowParser
 from spmd.config import BalanceConfig, Config, GuardConfig, ModelConfig, SchedulerConfig, TopologyConfig
 from spmd.config_checks import check
-from spmd.engine import Engine
+from spmd.engine import Engine, Watch
 from spmd.leader import Leader
+from spmd.parallel.replicas import Exchanging
 from spmd.report.metrics import Metrics
 from spmd.schedule.digests import DigestChain
 from spmd.signals import Stop
+from spmd.stage.stage import Stage
 from spmd.topology import Topology
 from spmd.worker import settle, start
 from tests.support.oracle import Answer
@@ -116,22 +118,22 @@ def _keep(report: Report) -> Callable[[int, str, int | None, bool], None]:
     return write
 
 
-def _watch(report: Report, rng: random.Random, delay_ms: float) -> Callable[[Engine], None]:
-    trail = DigestChain()
+def _watch(report: Report, rng: random.Random, delay_ms: float) -> Watch:
+    digests = DigestChain()
 
     def watch(engine: Engine) -> None:
         scheduler, plan = engine.scheduler, engine.ring[-1]
         scheduler.check(engine.ring)
-        assert (engine.stage.sampler is not None) == report.samples
+        assert isinstance(engine.stage, Stage) and (engine.stage.sampler is not None) == report.samples
         first = plan.num_decodes
         rows = [request.index for request in plan.requests]
         chunks = list(zip(rows, plan.starts, plan.counts, strict=True))[first:]
         sampled = [request.index for request in plan.sampled]
-        report.ticks.append(Tick(trail.plan(plan), first, plan.padded_decodes, chunks, sampled))
+        report.ticks.append(Tick(digests.plan(plan), first, plan.padded_decodes, chunks, sampled))
         report.preemptions = scheduler.counters.preemptions
         report.cached_tokens = scheduler.counters.cached_tokens
-        report.exchanges = engine.exchange and engine.exchange.count
-        report.frozen_ticks = engine.balance.gate.frozen_ticks
+        report.exchanges = engine.replicas.exchange.count if isinstance(engine.replicas, Exchanging) else None
+        report.frozen_ticks = engine.replicas.frozen_ticks
         if delay_ms:
             time.sleep(rng.random() * delay_ms / 1000)
 

@@ -1,8 +1,10 @@
-"""Drives a scheduler without a model: a ring of plans, made-up tokens, invariants checked after every tick."""
+"""A replica without a model, as the benchmarks simulate it, with invariants checked after every tick."""
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from spmd.api.source import Source
+from spmd.bench.simulation import Replica, is_last
+from spmd.engine import Engine, Replicas
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
@@ -35,9 +37,10 @@ def make_request(
     max_tokens: int = 5,
     priority: int = 0,
     stop: tuple[int, ...] = (),
+    waits: bool = False,
 ) -> Request:
     tokens = [(index * 31 + i * 7) % 97 for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
-    return Request(index, 0, tokens, SamplingParams(max_tokens=max_tokens, stop_token_ids=stop), priority)
+    return Request(index, 0, tokens, SamplingParams(max_tokens=max_tokens, stop_token_ids=stop), priority, waits)
 
 
 def next_token(request: Request) -> int:
@@ -45,77 +48,45 @@ def next_token(request: Request) -> int:
     return (sum(request.tokens) * 31 + len(request.tokens)) % 89
 
 
-def is_last(request: Request, token: int, position: int) -> bool:
-    """Whether a request ends with the token at a position."""
-    params = request.params
-    return token in params.stop_token_ids or position - request.prompt_len + 1 == params.max_tokens
+def check(engine: Engine, plan: Plan) -> None:
+    """Assert that the scheduler is intact and its latest plan within the limits."""
+    scheduler = engine.scheduler
+    scheduler.check(engine.ring)
+    assert not any(request.retired for request in plan.requests)
+    assert plan.num_decodes <= scheduler.limits.decode_rows
+    assert plan.num_decodes + plan.num_prompt_tokens <= scheduler.limits.max_num_batched_tokens
+    assert sum(plan.counts) == plan.num_decodes + plan.num_prompt_tokens
+    for request, start, count in zip(plan.requests, plan.starts, plan.counts, strict=True):
+        assert start + count <= len(request.blocks) * scheduler.pool.block_size
+        assert not request.waits_for_token or start + count <= len(request.tokens)
 
 
-class Simulation:
-    """`tick()` commits the oldest plan in flight if there are enough and schedules the next, as the engine does."""
+class Simulation(Replica):
+    """A replica whose every plan is checked and kept."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.ring: deque[Plan] = deque()
+    def __init__(self, scheduler: Scheduler, source: Source | None = None, replicas: Replicas | None = None) -> None:
+        super().__init__(scheduler, source, replicas, next_token)
+        self.ring = self.engine.ring
+        self.finished = self.results.finished
         self.plans: list[Plan] = []
         self.rows: list[list[int]] = []  # request indices of the decode rows of each plan
-        self.finished: list[Request] = []
-        self.ghosts = 0  # rows whose token came too late
 
-    def add(self, requests: Iterable[Request]) -> "Simulation":
-        pool = self.scheduler.pool
-        for request in requests:
-            assert len(request.tokens) + request.params.max_tokens - 1 <= (pool.num_blocks - 1) * pool.block_size
-            self.scheduler.add(request)
-        return self
+    @property
+    def ghosts(self) -> int:
+        return self.results.ghosts
 
     def tick(self) -> Plan:
-        limits = self.scheduler.limits
-        if len(self.ring) == limits.slots + limits.lookahead:
-            self.commit()
-        plan = self.scheduler.schedule(len(self.plans))
+        plan = super().tick()
         self.plans.append(plan)
         self.rows.append([request.index for request in plan.requests[: plan.num_decodes]])
-        self.ring.append(plan)
-        self.check(plan)
+        check(self.engine, plan)
         return plan
 
-    def commit(self) -> None:
-        plan = self.ring.popleft()
-        tokens, ends = [], []
-        for request, position in zip(plan.sampled, plan.sample_positions, strict=True):
-            if request.finished:
-                self.ghosts += 1
-                tokens.append(-1)
-                ends.append(position % 2 == 0)
-            else:
-                assert position == len(request.tokens)
-                tokens.append(next_token(request))
-                ends.append(is_last(request, tokens[-1], position))
-        self.finished += self.scheduler.commit(plan, tokens, ends)
-
-    def run(self, max_ticks: int = 5000) -> list[Request]:
-        """Tick until every request has finished; returns them as they finished."""
-        for _ in range(max_ticks):
-            if not self.scheduler.num_requests:
-                break
-            self.tick()
-        assert not self.scheduler.num_requests, "requests starve"
-        while self.ring:
-            self.commit()
+    def run(self, most: int = 5000) -> list[Request]:
+        super().run(most)
         self.scheduler.check(self.ring)
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks - 1
         return self.finished
-
-    def check(self, plan: Plan) -> None:
-        limits = self.scheduler.limits
-        self.scheduler.check(self.ring)
-        assert not any(request.retired for request in plan.requests)
-        assert plan.num_decodes <= limits.decode_rows
-        assert plan.num_decodes + plan.num_prompt_tokens <= limits.max_num_batched_tokens
-        assert sum(plan.counts) == plan.num_decodes + plan.num_prompt_tokens
-        for request, start, count in zip(plan.requests, plan.starts, plan.counts, strict=True):
-            assert start + count <= len(request.blocks) * self.scheduler.pool.block_size
 
 
 def expected_output(request: Request) -> list[int]:
