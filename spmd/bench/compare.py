@@ -32,7 +32,8 @@ class Contender:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{self.name}: {' '.join(command)}\n{done.stderr}")
-        return json.loads(done.stdout.splitlines()[-1])
+        figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return figures
 
 
 PP1 = Contender("pp=1", "spmd.bench")

@@ -49,4 +49,5 @@ def _fastest(step: Callable[[], object]) -> float:
         step()
         mark.record()
     marks[-1].synchronize()
-    return min(before.elapsed_time(after) for before, after in pairwise(marks)) / 1e3
+    fastest: float = min(before.elapsed_time(after) for before, after in pairwise(marks))
+    return fastest / 1e3

@@ -244,20 +244,19 @@ class Guard(threading.Thread):
         end_rank(end, self.topology.rank, self.places, self.logs, 3 * self.beat if keeps_store else 0.0)
 
 
-def _connect_store(timeout: float) -> Any:
+def _connect_store(timeout: float) -> Any:  # by torch's stubs, a store's values can't be bytes
     """A connection of one's own to the store of this attempt's ranks, a `torch.distributed.Store`.
 
     Raises:
         ValueError: it can't be reached.
     """
-    stores: Any = dist  # torch's stubs don't export them
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = timedelta(seconds=max(1.0, timeout * (1 - WAITS) / 2))
     try:
-        store = stores.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
     except dist.DistError as error:
         raise ValueError(f"the ranks' store at {host}:{port} can't be reached: {error}") from error
-    return stores.PrefixStore(f"guard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"guard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _kept_by_torchrun() -> bool:

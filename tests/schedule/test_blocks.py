@@ -10,7 +10,7 @@ def chain(*blocks: list[int]) -> list[bytes]:
     return hashes[1:]
 
 
-def test_every_block_but_the_null_block_can_be_taken_once():
+def test_every_block_but_the_null_block_can_be_taken_once() -> None:
     pool = BlockPool(5, 4, caching=True)
     taken = [pool.pop() for _ in range(pool.num_free)]
     assert sorted(taken) == [1, 2, 3, 4]
@@ -20,12 +20,12 @@ def test_every_block_but_the_null_block_can_be_taken_once():
     pool.check([])
 
 
-def test_hash_covers_the_whole_prefix():
+def test_hash_covers_the_whole_prefix() -> None:
     assert chain([1, 2], [3, 4])[1] != chain([1, 9], [3, 4])[1]
     assert chain([1, 2], [3, 4]) == chain([1, 2], [3, 4])
 
 
-def test_freed_blocks_are_found_until_they_are_reused():
+def test_freed_blocks_are_found_until_they_are_reused() -> None:
     pool = BlockPool(4, 2, caching=True)
     hashes = chain([1, 2], [3, 4])
     held = [pool.pop(), pool.pop()]
@@ -39,7 +39,7 @@ def test_freed_blocks_are_found_until_they_are_reused():
     assert pool.find(hashes) == held[:1]
 
 
-def test_least_recently_freed_is_reused_first():
+def test_least_recently_freed_is_reused_first() -> None:
     pool = BlockPool(4, 1, caching=True)
     hashes = [hash_block(b"", [token]) for token in range(3)]
     blocks = [pool.pop() for _ in range(3)]
@@ -52,7 +52,7 @@ def test_least_recently_freed_is_reused_first():
     assert pool.pop() == blocks[2]
 
 
-def test_shared_block_survives_one_holder():
+def test_shared_block_survives_one_holder() -> None:
     pool = BlockPool(3, 2, caching=True)
     block = pool.pop()
     (digest,) = chain([1, 2])
@@ -63,7 +63,7 @@ def test_shared_block_survives_one_holder():
     assert pool.num_free == 1
 
 
-def test_check_sees_a_leak():
+def test_check_sees_a_leak() -> None:
     pool = BlockPool(3, 2, caching=True)
     pool.pop()
     with pytest.raises(AssertionError):

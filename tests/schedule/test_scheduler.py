@@ -1,6 +1,7 @@
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -10,11 +11,11 @@ from spmd.schedule.digests import DigestChain
 from tests.support.simulation import Simulation, expected_output, make_request, make_scheduler, run_all
 
 
-def decode_only(simulation, first_tick=0):
+def decode_only(simulation: Simulation, first_tick: int = 0) -> list[list[int]]:
     return [rows for plan, rows in zip(simulation.plans, simulation.rows, strict=True) if plan.tick >= first_tick]
 
 
-def warmed_up(simulation, num_requests):
+def warmed_up(simulation: Simulation, num_requests: int) -> None:
     """Tick until every request decodes; a prompt that just ended still waits for its commit."""
     while simulation.scheduler.num_decoding < num_requests:
         simulation.tick()
@@ -22,14 +23,14 @@ def warmed_up(simulation, num_requests):
         simulation.tick()
 
 
-def test_imports_no_torch():
+def test_imports_no_torch() -> None:
     code = "import sys; import spmd.schedule.scheduler, spmd.schedule.balance; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(("max_num_seqs", "pp"), [(17, 2), (10, 4), (5, 3)])
 @pytest.mark.parametrize("async_depth", [0, 1, 2])
-def test_every_request_progresses_whatever_the_remainder(max_num_seqs, pp, async_depth):
+def test_every_request_progresses_whatever_the_remainder(max_num_seqs: int, pp: int, async_depth: int) -> None:
     scheduler = make_scheduler(max_num_seqs, pp, async_depth)
     simulation = Simulation(scheduler).add(make_request(i, max_tokens=200) for i in range(max_num_seqs))
     warmed_up(simulation, max_num_seqs)
@@ -43,7 +44,7 @@ def test_every_request_progresses_whatever_the_remainder(max_num_seqs, pp, async
 @pytest.mark.parametrize(
     ("running", "split"), [(1, [1, 0]), (7, [4, 3]), (8, [4, 4]), (9, [5, 4]), (15, [8, 7]), (16, [8, 8])]
 )
-def test_decodes_are_shared_equally_among_the_slots(running, split):
+def test_decodes_are_shared_equally_among_the_slots(running: int, split: list[int]) -> None:
     simulation = Simulation(make_scheduler(16, 2)).add(make_request(i, max_tokens=60) for i in range(running))
     warmed_up(simulation, running)
     sizes = [len(simulation.tick().requests) for _ in range(8)]
@@ -51,7 +52,7 @@ def test_decodes_are_shared_equally_among_the_slots(running, split):
     assert sizes == sizes[:2] * 4
 
 
-def test_what_is_left_is_split_again_after_a_group_ends():
+def test_what_is_left_is_split_again_after_a_group_ends() -> None:
     requests = [make_request(i, max_tokens=60 if i % 2 else 8) for i in range(16)]
     simulation = Simulation(make_scheduler(16, 2)).add(requests)
     while len(simulation.finished) < 8:
@@ -61,7 +62,7 @@ def test_what_is_left_is_split_again_after_a_group_ends():
     assert [len(simulation.tick().requests) for _ in range(4)] == [4, 4, 4, 4]
 
 
-def test_deeper_rings_hold_smaller_batches():
+def test_deeper_rings_hold_smaller_batches() -> None:
     simulation = Simulation(make_scheduler(128, 2, 1, num_blocks=2000, max_num_batched_tokens=512))
     simulation.add(make_request(i, max_tokens=100) for i in range(128))
     warmed_up(simulation, 128)
@@ -70,7 +71,7 @@ def test_deeper_rings_hold_smaller_batches():
     assert sorted(len(simulation.tick().requests) for _ in range(3)) == [42, 43, 43]
 
 
-def test_decode_batches_are_padded_to_the_cap_or_a_bucket():
+def test_decode_batches_are_padded_to_the_cap_or_a_bucket() -> None:
     scheduler = make_scheduler(16, 2, decode_buckets=(2, 4))
     simulation = Simulation(scheduler).add(make_request(i, max_tokens=20) for i in range(3))
     warmed_up(simulation, 3)
@@ -81,7 +82,7 @@ def test_decode_batches_are_padded_to_the_cap_or_a_bucket():
     assert {plan.padded_decodes for plan in (plain.tick() for _ in range(2))} == {0, 8}
 
 
-def test_one_request_then_a_burst_then_nothing_for_long():
+def test_one_request_then_a_burst_then_nothing_for_long() -> None:
     scheduler = make_scheduler(8, 4)
     simulation = Simulation(scheduler).add([make_request(0)])
     simulation.run()
@@ -93,7 +94,7 @@ def test_one_request_then_a_burst_then_nothing_for_long():
 
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("length", [1, 16, 17, 32, 33, 48])
-def test_middle_chunks_sample_nothing(length, exclusive):
+def test_middle_chunks_sample_nothing(length: int, exclusive: bool) -> None:
     scheduler = make_scheduler(8, 2, max_num_batched_tokens=16, exclusive=exclusive)
     simulation = run_all(scheduler, [make_request(0, length, 2)])
     chunks = [plan for plan in simulation.plans if plan.num_prompt_tokens]
@@ -103,7 +104,7 @@ def test_middle_chunks_sample_nothing(length, exclusive):
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-def test_full_prefix_hit_computes_the_last_token_alone(exclusive):
+def test_full_prefix_hit_computes_the_last_token_alone(exclusive: bool) -> None:
     scheduler = make_scheduler(8, 2, exclusive=exclusive)
     prompt = list(range(9))  # two full blocks and the token that must be computed
     simulation = run_all(scheduler, [make_request(0, prompt, 3)])
@@ -118,15 +119,17 @@ def test_full_prefix_hit_computes_the_last_token_alone(exclusive):
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 3])
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
-def test_preempted_requests_give_the_same_tokens(async_depth, lookahead, exclusive, caching):
-    sizes = {"num_blocks": 14, "max_num_batched_tokens": 16, "exclusive": exclusive, "caching": caching}
+def test_preempted_requests_give_the_same_tokens(
+    async_depth: int, lookahead: int, exclusive: bool, caching: bool
+) -> None:
+    sizes: dict[str, Any] = {"num_blocks": 14, "max_num_batched_tokens": 16, "exclusive": exclusive, "caching": caching}
     scheduler = make_scheduler(8, 2, async_depth, lookahead=lookahead, **sizes)
     simulation = run_all(scheduler, [make_request(i, 3 + i % 5, 20 + i) for i in range(12)])
     assert scheduler.counters.preemptions > 0
     assert len(simulation.plans) < 2000
 
 
-def test_a_request_in_flight_is_never_preempted():
+def test_a_request_in_flight_is_never_preempted() -> None:
     scheduler = make_scheduler(4, 2, num_blocks=9, block_size=2)
     simulation = Simulation(scheduler).add(make_request(i, 3, 9) for i in range(4))
     while scheduler.num_requests:
@@ -138,7 +141,7 @@ def test_a_request_in_flight_is_never_preempted():
     assert scheduler.counters.preemptions > 0
 
 
-def test_a_preempted_decode_gives_its_row_back():
+def test_a_preempted_decode_gives_its_row_back() -> None:
     scheduler = make_scheduler(4, 1, num_blocks=7, block_size=2, balanced=False)
     simulation = Simulation(scheduler).add(make_request(i, 2, 11) for i in range(4))
     seen = 0
@@ -153,7 +156,7 @@ def test_a_preempted_decode_gives_its_row_back():
     assert seen
 
 
-def test_blocks_are_cached_only_when_the_plan_is_final():
+def test_blocks_are_cached_only_when_the_plan_is_final() -> None:
     scheduler = make_scheduler(2, 1, num_blocks=5, block_size=2)
     simulation = Simulation(scheduler).add([make_request(0, 3, 6), make_request(1, 2, 6)])
     simulation.run()
@@ -162,13 +165,13 @@ def test_blocks_are_cached_only_when_the_plan_is_final():
         assert list(request.output) == expected_output(request)
 
 
-def test_a_row_reused_before_the_packet_lands():
+def test_a_row_reused_before_the_packet_lands() -> None:
     scheduler = make_scheduler(2, 2, async_depth=2)
     simulation = run_all(scheduler, [make_request(i, 3, 1 + i % 3) for i in range(20)])
     assert max(plan.num_decodes for plan in simulation.plans) == 1
 
 
-def test_prompt_chunks_of_one_request_are_in_flight_together():
+def test_prompt_chunks_of_one_request_are_in_flight_together() -> None:
     scheduler = make_scheduler(8, 4, max_num_batched_tokens=8)
     simulation = Simulation(scheduler).add([make_request(0, 30)])
     for _ in range(4):
@@ -176,7 +179,7 @@ def test_prompt_chunks_of_one_request_are_in_flight_together():
     assert simulation.ring[0].requests[0].in_flight == 4
 
 
-def test_exclusive_plans_never_mix_and_hold_prefill_batch_prompts():
+def test_exclusive_plans_never_mix_and_hold_prefill_batch_prompts() -> None:
     scheduler = make_scheduler(16, 2, exclusive=True, prefill_batch=2)
     simulation = run_all(scheduler, [make_request(i) for i in range(20)])
     for plan in simulation.plans:
@@ -184,7 +187,7 @@ def test_exclusive_plans_never_mix_and_hold_prefill_batch_prompts():
         assert len(plan.requests) <= 2 or plan.num_decodes
 
 
-def test_prefill_spread_makes_prompts_trickle():
+def test_prefill_spread_makes_prompts_trickle() -> None:
     scheduler = make_scheduler(16, 2, num_blocks=400, max_num_batched_tokens=512, prefill_spread=4)
     simulation = run_all(scheduler, [make_request(i, 32) for i in range(16)])
     prompt_tokens = [plan.num_prompt_tokens for plan in simulation.plans if plan.num_prompt_tokens]
@@ -192,14 +195,14 @@ def test_prefill_spread_makes_prompts_trickle():
     assert prompt_tokens[-1] <= 4
 
 
-def test_priority_runs_before_the_order_of_the_input():
+def test_priority_runs_before_the_order_of_the_input() -> None:
     for by_priority, order in ((False, [0, 1, 2]), (True, [2, 1, 0])):
         scheduler = make_scheduler(1, 1, by_priority=by_priority)
         simulation = run_all(scheduler, [make_request(i, priority=-i) for i in range(3)])
         assert [request.index for request in simulation.finished] == order
 
 
-def test_prefix_is_shared_by_requests_of_one_plan():
+def test_prefix_is_shared_by_requests_of_one_plan() -> None:
     scheduler = make_scheduler(8, 2)
     prompt = list(range(40, 53))
     run_all(scheduler, [make_request(i, prompt, 4) for i in range(6)])
@@ -208,11 +211,11 @@ def test_prefix_is_shared_by_requests_of_one_plan():
 
 
 @pytest.mark.parametrize("seed", range(80))
-def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
+def test_random_workloads_keep_every_invariant_on_equal_plans(seed: int) -> None:
     """Two copies fed alike plan alike, whatever the sizes; requests get exactly their tokens."""
     rng = random.Random(seed)
     pp = rng.randint(1, 4)
-    sizes = {
+    sizes: dict[str, Any] = {
         "max_num_seqs": rng.randint(pp, 20),
         "pp": pp,
         "async_depth": rng.randint(0, 2),
@@ -243,14 +246,14 @@ def test_random_workloads_keep_every_invariant_on_equal_plans(seed):
 class Gated(Alone):
     closed = False
 
-    def admits(self, tick, running, waiting):
+    def admits(self, tick: int, running: int, waiting: int) -> bool:
         return not self.closed
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize("prefill_spread", [0, 4])
-def test_without_admission_seated_prompts_and_decodes_go_on(exclusive, prefill_spread):
-    limits = {"max_num_batched_tokens": 8, "exclusive": exclusive, "prefill_spread": prefill_spread}
+def test_without_admission_seated_prompts_and_decodes_go_on(exclusive: bool, prefill_spread: int) -> None:
+    limits: dict[str, Any] = {"max_num_batched_tokens": 8, "exclusive": exclusive, "prefill_spread": prefill_spread}
     gated = Gated(Rules(16))
     simulation = Simulation(make_scheduler(pp=1, **limits), replicas=gated)
     seated, late = make_request(0, prompt=20, max_tokens=9), make_request(1)

@@ -1,6 +1,7 @@
 """A replica without a model, as the benchmarks simulate it, with invariants checked after every tick."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from spmd.api.source import Source
 from spmd.bench.simulation import Replica, is_last
@@ -19,7 +20,7 @@ def make_scheduler(
     block_size: int = 4,
     max_num_batched_tokens: int = 64,
     caching: bool = True,
-    **limits: object,
+    **limits: Any,
 ) -> Scheduler:
     sizes = Limits(
         max_num_seqs=max_num_seqs,
