@@ -184,7 +184,7 @@ def test_every_kind_of_row_on_two_stages(here: Path) -> None:
     """Through the launcher, with a stop string that holds =, |, a space and a comma, quoted as the README says."""
     chat = {"method": "POST", "url": "/v1/chat/completions"}
     asked = [{"role": "user", "content": "347+218="}]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"custom_id": "text", "prompt": "347+218="},
         {"custom_id": "ids", "prompt": [6, 7, 10, 13, 5, 4, 11, 14], "return_token_ids": True},
         {"custom_id": "stop", "prompt": "347+218=", "stop": ["6"]},
@@ -286,7 +286,8 @@ def test_pitfall_20_one_run_directory_for_all_ranks(here: Path) -> None:
 
 def cut(run: Callable[[], object], after: int) -> list[int]:
     """A run in this process that is cut after so many answers; the rows that were answered."""
-    write, written = PartWriter.write, []
+    write = PartWriter.write
+    written: list[int] = []
 
     def until_cut(self: PartWriter, index: int, *args: Any) -> None:
         if len(written) == after:

@@ -43,7 +43,8 @@ class Judged:
         self.request.tokens += tokens
         self.leader.finish(self.request)
         (line,) = self.lines
-        return line["response"]["body"]["choices"][0]
+        choice: dict[str, Any] = line["response"]["body"]["choices"][0]
+        return choice
 
 
 def sampled(plan: Plan, token: int) -> Sampled:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 elsewhere = pytest.mark.skipif(torch.cuda.is_available(), reason="plans for a machine with GPUs on one without")
 
 
-def shape(name: str = "qwen3_8b", **changes: object) -> Architecture:
-    return replace(read_architecture(str(CONF / "shapes" / name)), **changes)  # type: ignore[arg-type]
+def shape(name: str = "qwen3_8b", **changes: Any) -> Architecture:
+    return replace(read_architecture(str(CONF / "shapes" / name)), **changes)
 
 
 @pytest.mark.parametrize("asked", ["auto", "torch"])
@@ -47,7 +48,7 @@ def test_gpus_of_another_machine_are_taken_to_have_flashinfer() -> None:
         ({}, 24, r"it takes blocks of \(16, 32, 64, 128\) tokens, scheduler\.block_size is 24"),
     ],
 )
-def test_what_flashinfer_does_not_take(changes: dict[str, object], block_size: int | None, reason: str) -> None:
+def test_what_flashinfer_does_not_take(changes: dict[str, Any], block_size: int | None, reason: str) -> None:
     assert choose_backend("auto", shape(**changes), block_size, GPU) == "torch"
     with pytest.raises(ValueError, match=f"^model.attention_backend=flashinfer: {reason}; use model.attention"):
         choose_backend("flashinfer", shape(**changes), block_size, GPU)

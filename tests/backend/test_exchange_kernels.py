@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spmd.model.backend import PendingSums
 from spmd.parallel.groups import connect
-from spmd.parallel.peer_memory import PeerMemory, share, size_of
+from spmd.parallel.peer_memory import MAX_DECODE_ROWS, PeerMemory, share, size_of
 from spmd.topology import Topology
 from tests.backend.test_expert_kernels import FEW_DTYPE
 from tests.support.ranks import Ranks
@@ -74,7 +74,11 @@ class Rank:
         from spmd.backend.cuda.expert_kernels import choose, mix
 
         each = [choose(*self.tokens(rank, count, number), rows, TOP_K, True) for rank, count in enumerate(counts)]
-        shares = [mix(torch.cat(each), TOP_K, *self.owned(rank)).float() for rank in range(self.size)]
+        shares = []
+        for rank in range(self.size):
+            sums = mix(torch.cat(each), TOP_K, *self.owned(rank))
+            assert isinstance(sums, Tensor)
+            shares.append(sums.float())
         total = sum(shares[1:], shares[0]).to(self.dtype)
         return total[self.rank * rows : self.rank * rows + counts[self.rank]]
 
@@ -91,7 +95,7 @@ def collected(sums: Tensor | PendingSums, rows: int) -> Tensor:
 def exchanged(rank: int, size: int, folder: str, few: bool) -> None:
     from spmd.backend.cuda import expert_kernels
 
-    most = expert_kernels.MAX_DECODE_ROWS if few else 0
+    most = MAX_DECODE_ROWS if few else 0
     with patch.object(expert_kernels, "MAX_DECODE_ROWS", most):  # the process goes on to other tests
         exchange_all(rank, size, folder, few)
 

@@ -3,6 +3,7 @@
 The interpreter multiplies in float16 only; grouped products of many rows take bfloat16 alone.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmd.backend.plain.experts import Routed
+from spmd.parallel.peer_memory import MAX_DECODE_ROWS
 from tests.support.triton_here import DEVICE, INTERPRETED, MARKS
 
 pytestmark = MARKS
@@ -71,8 +73,8 @@ def test_this_ranks_share(shape: Shape, few: bool, monkeypatch: pytest.MonkeyPat
     """Rows behind the last own expert's hold whatever the memory held: here what no sum survives."""
     from spmd.backend.cuda import expert_kernels
 
-    monkeypatch.setattr(expert_kernels, "MAX_DECODE_ROWS", expert_kernels.MAX_DECODE_ROWS if few else 0)
-    monkeypatch.setattr(expert_kernels.F, "grouped_mm", poisoned(F.grouped_mm))
+    monkeypatch.setattr(expert_kernels, "MAX_DECODE_ROWS", MAX_DECODE_ROWS if few else 0)
+    monkeypatch.setattr(F, "grouped_mm", poisoned(F.grouped_mm))
     dtype = FEW_DTYPE if few else torch.bfloat16
     x = drawn(shape.tokens, shape.hidden, dtype=dtype, seed=0)
     logits = drawn(shape.tokens, shape.experts, dtype=dtype, seed=1)
@@ -80,12 +82,13 @@ def test_this_ranks_share(shape: Shape, few: bool, monkeypatch: pytest.MonkeyPat
     down = drawn(len(shape.own), shape.hidden, shape.inner, dtype=dtype, seed=3) / shape.inner**0.5
     packed = expert_kernels.choose(x, logits, shape.tokens + shape.padding, shape.top_k, True)
     exact = expected(x, Routed.unpacked(packed, shape.top_k), shape.own, gate_up, down)
-    share = expert_kernels.mix(packed, shape.top_k, shape.own.start, gate_up, down).float()
-    assert (share[: shape.tokens] - exact).norm() < TOLERANCE * exact.norm()
+    share = expert_kernels.mix(packed, shape.top_k, shape.own.start, gate_up, down)
+    assert isinstance(share, Tensor)
+    assert (share[: shape.tokens].float() - exact).norm() < TOLERANCE * exact.norm()
     assert not share[shape.tokens :].any()
 
 
-def poisoned(grouped_mm):  # type: ignore[no-untyped-def]
+def poisoned(grouped_mm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def product(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         out = grouped_mm(x, weight, offs=offs)
         out[offs[-1] :] = float("nan")

@@ -1,5 +1,7 @@
 """The Triton kernel against plain PyTorch. With TRITON_INTERPRET=1 it needs no GPU: Triton then runs it in Python."""
 
+from typing import TypedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,18 @@ from torch import Tensor
 from tests.support.triton_here import DEVICE, MARKS
 
 pytestmark = MARKS
+
+
+class Tolerance(TypedDict):
+    rtol: float
+    atol: float
+
+
 BLOCKS, BLOCK_SIZE, EPS = 5, 16, 1e-5
-TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5}}  # one step
+TOLERANCE: dict[torch.dtype, Tolerance] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-5},  # one step
+}
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

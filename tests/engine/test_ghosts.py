@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest.mock import PropertyMock, patch
 
 import pytest
@@ -53,7 +54,7 @@ def test_one_stage_samples_a_row_at_every_tick(
 def test_seats_change_hands_before_tokens_come_back(
     ranks: Ranks, qwen3: Task, tmp_path: Path, async_depth: int, lookahead: int
 ) -> None:
-    sizes = {"max_num_seqs": 2, "async_depth": async_depth, "lookahead": lookahead}
+    sizes: dict[str, Any] = {"max_num_seqs": 2, "async_depth": async_depth, "lookahead": lookahead}
     assert answers(run(ranks, configure(qwen3.model, qwen3.input, str(tmp_path), (1, 2, 1), **sizes))) == qwen3.answers
 
 

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -49,7 +50,7 @@ def test_all_ranks_stop_at_the_same_tick(
     tmp_path: Path,
     topology: tuple[int, int, int],
     culprit: int,
-    options: dict[str, int],
+    options: dict[str, Any],
 ) -> None:
     solved = task("qwen3")
     config = configure(solved.model, solved.input, str(tmp_path), topology, max_num_seqs=2, **options)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.support.ranks import Ranks
 
 BLOCK = 4
 PROMPTS = (37, 22, 9)
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
     **{f"rope_{name}": ("LlamaForCausalLM", {"rope_parameters": values}) for name, values in SCALINGS.items()},
     "llama_biased": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
@@ -48,8 +49,10 @@ VARIANTS = {
 class Pipeline:
     """Stages run one after the other, and the requests' blocks, scattered over the pool."""
 
-    def __init__(self, path: str, cuts: tuple[int, ...] = (), tp: TensorParallel | None = None, **read: str) -> None:
-        arch = read_architecture(path, **read)
+    def __init__(
+        self, path: str, cuts: tuple[int, ...] = (), tp: TensorParallel | None = None, dtype: str = "auto"
+    ) -> None:
+        arch = read_architecture(path, dtype)
         edges = [0, *cuts, arch.num_layers]
         ranges = [range(first, stop) for first, stop in pairwise(edges)]
         self.stages = [
@@ -82,6 +85,7 @@ class Pipeline:
         x = tokens
         for stage, backend in zip(self.stages, self.backends, strict=True):
             x = stage(x, batch, backend)
+        assert stage.lm_head is not None
         return stage.lm_head.gather(x)
 
 
@@ -160,14 +164,16 @@ def round_to(pipeline: Pipeline, dtype: torch.dtype) -> None:
     [("float32", "bfloat16", 0.1), ("float32", "float32", 1e-4), ("bfloat16", "float32", 1e-4)],
 )
 def test_packed_equals_dense(tmp_path: Path, stored: str, dtype: str, tolerance: float) -> None:
-    model = {"tie_word_embeddings": True, "mlp_only_layers": [0], "attention_bias": True}
+    model: dict[str, Any] = {"tie_word_embeddings": True, "mlp_only_layers": [0], "attention_bias": True}
     path = write_checkpoint(tmp_path, "Qwen3MoeForCausalLM", **model)
     pipeline = Pipeline(path, dtype=dtype)
     round_to(pipeline, getattr(torch, stored))
     chunks = [(i, 0, prompt) for i, prompt in enumerate(prompts())]
     dense = pipeline.run(chunks)
     pipeline.stages[0].pack(8)
-    assert pipeline.stages[0].embed_tokens.weight.values.dtype == getattr(torch, dtype)
+    embedding = pipeline.stages[0].embed_tokens
+    assert embedding is not None
+    assert embedding.weight.values.dtype == getattr(torch, dtype)
     torch.testing.assert_close(pipeline.run(chunks), dense, rtol=tolerance / 2, atol=tolerance)
 
 

@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.ranks import Ranks
 
 VOCAB, NUM_BLOCKS, TICKS = 128, 64, 50
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         {"num_experts": 8, "mlp_only_layers": [1], "norm_topk_prob": True},
@@ -40,7 +41,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Logprobs = dict[tuple[int, int], list[float]]  # of the whole vocabulary, by request and position
 
 
-def checkpoint(folder: Path, family: str, **shape: int) -> str:
+def checkpoint(folder: Path, family: str, **shape: Any) -> str:
     name, overrides = FAMILIES[family]
     return write_checkpoint(folder, name, **overrides, **shape)
 
@@ -87,6 +88,7 @@ def replay(rank: int, config: Config, replicas: list[Lengths]) -> tuple[Logprobs
             _, logprobs = sampled.fetch()
             assert logprobs is not None
             for request, position, each in zip(plan.sampled, plan.sample_positions, logprobs, strict=True):
+                assert each is not None
                 found[request.index, position] = [logprob for _, logprob in sorted(each.top)]
     stage.drain()
     assert not scheduler.num_requests

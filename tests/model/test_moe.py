@@ -68,7 +68,9 @@ class Layer:
             return self.backend.experts.share(routed, ExpertLayer(NUM_EXPERTS, TOP_K, True, gate_up, down, self.ep))
         from spmd.backend.cuda.expert_kernels import mix
 
-        return mix(routed.packed(), TOP_K, self.experts.owned.start, gate_up.values, down.values)
+        sums = mix(routed.packed(), TOP_K, self.experts.owned.start, gate_up.values, down.values)
+        assert isinstance(sums, Tensor)
+        return sums
 
 
 def work(choice: str, tokens: int, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> SimpleNamespace:

@@ -16,7 +16,7 @@ from tests.model.test_decoder import Pipeline, in_all_ways, reference
 from tests.support.checkpoints import write_checkpoint
 
 
-class ToyConfig(Qwen3Config):
+class ToyConfig(Qwen3Config):  # type: ignore[misc]  # transformers is not read for types
     model_type = "toy"
 
 

@@ -71,8 +71,8 @@ def checkpoints(folder: Path, family: str) -> tuple[str, str]:
     return path, wide
 
 
-def in_blocks(path: str) -> Architecture:
-    return replace(read_architecture(path), weight_format=Blocks)
+def in_blocks(path: str, dtype: str = "auto") -> Architecture:
+    return replace(read_architecture(path, dtype), weight_format=Blocks)
 
 
 @pytest.mark.parametrize("family", ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
@@ -92,6 +92,6 @@ def test_ranks_hold_their_share_of_all_its_tensors(tmp_path: Path) -> None:
     whole, *parts = [Decoder(in_blocks(path), tp=tp) for tp in (None, TensorParallel(0, 2), TensorParallel(1, 2))]
     for decoder in (whole, *parts):
         load(decoder, path)
-    down, *shares = [decoder.layers["1"].mlp.down_proj.weight for decoder in (whole, *parts)]
+    down, *shares = [decoder.get_submodule("layers.1.mlp.down_proj").weight for decoder in (whole, *parts)]
     for name in ("values", "scales"):
         assert torch.equal(torch.cat([getattr(share, name) for share in shares], dim=1), getattr(down, name))

@@ -49,7 +49,9 @@ def ahead(rank: int, lag: int) -> bool:
     if rank == 0:
         dist.send(torch.zeros(1), 1)
     wire.launch(reported(rank, lag))
-    return wire.receive() == [reported(0, 0), reported(1, 0)] and (wire.drain() is None)
+    received = wire.receive()
+    wire.drain()
+    return received == [reported(0, 0), reported(1, 0)]
 
 
 @pytest.mark.parametrize(("dp", "pp"), [(2, 1), (3, 1), (2, 2)])
@@ -65,7 +67,7 @@ def test_launching_waits_for_nobody(ranks: Ranks) -> None:
 
 def groups_of(rank: int, dp: int, pp: int, tp: int) -> list[int] | None:
     group = connect(Topology(dp, pp, tp, rank), torch.device("cpu")).load
-    return group and dist.get_process_group_ranks(group)
+    return None if group is None else dist.get_process_group_ranks(group)
 
 
 def test_ranks_of_equal_place_in_their_replicas_exchange(ranks: Ranks) -> None:

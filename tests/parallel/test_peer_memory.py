@@ -40,6 +40,7 @@ def test_few_rows_fit() -> None:
 def asked(rank: int, hosts: list[str], apart: tuple[int, int]) -> bool:
     """What a rank finds out where the GPUs `apart` don't see each other."""
     join()
+    assert dist.group.WORLD is not None
     with (
         patch("socket.gethostname", lambda: hosts[rank]),
         patch("torch.cuda.can_device_access_peer", lambda *pair: pair != apart),

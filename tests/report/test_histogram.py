@@ -1,10 +1,12 @@
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
 from spmd.report.histogram import Histogram
 
 
-def filled(seconds) -> Histogram:
+def filled(seconds: Iterable[float]) -> Histogram:
     histogram = Histogram()
     for value in seconds:
         histogram.add(float(value))

@@ -1,5 +1,7 @@
 """Penalties against the plain formula, also while the host knows less of a request than has been sampled."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def penalised(row: list[float], made: Request) -> list[float]:
 def test_penalties_follow_the_output_as_it_grows() -> None:
     """Greedy decoding of many requests over many ticks, in changing company, against the plain formula."""
     sampler = Sampler(VOCAB, "cpu")
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"repetition_penalty": 1.4},
         {"frequency_penalty": 0.7},
         {"presence_penalty": 1.1},
@@ -57,7 +59,7 @@ def test_rows_of_finished_requests_are_used_again() -> None:
 def lagging_tokens(lag: int, ticks: int = 12) -> list[list[int]]:
     """Tokens of six requests, by request, each committed `lag` plans after it was sampled."""
     sampler, pending = Sampler(VOCAB, "cpu"), []
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"frequency_penalty": 0.7, "temperature": 0.0},
         {"repetition_penalty": 1.4, "presence_penalty": 1.1},
         {"temperature": 0.0},
@@ -96,7 +98,7 @@ def test_a_request_computed_again_after_preemption_counts_nothing_twice() -> Non
 
 def test_the_last_rows_of_an_ended_request_harm_no_other() -> None:
     """Until the plan that ends it is committed it is in later plans; its row of counts is its own as long."""
-    params = {"temperature": 0.0, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
+    params: dict[str, Any] = {"temperature": 0.0, "frequency_penalty": 0.9, "repetition_penalty": 1.2}
     sampler, alone = Sampler(VOCAB, "cpu"), Sampler(VOCAB, "cpu")
     ghosts = [request([i], **params) for i in range(8)]  # the table's first rows
     for tick in range(3):
@@ -112,6 +114,6 @@ def test_the_last_rows_of_an_ended_request_harm_no_other() -> None:
     last, others = ([request([i], **params) for i in range(8)] for _ in range(2))
     for tick in range(3):
         scores = logits(16, 20 + tick) / 3
-        mixed = sampler.sample(scores, [*heirs, *last], [7 + tick] * 8 + [1 + tick] * 8).fetch()[0]
-        assert mixed == alone.sample(scores, [*copies, *others], [7 + tick] * 8 + [1 + tick] * 8).fetch()[0]
+        mixed = sampler.sample(scores, [*heirs, *last], [7 + tick] * 8 + [1 + tick] * 8)
+        assert mixed.fetch()[0] == alone.sample(scores, [*copies, *others], [7 + tick] * 8 + [1 + tick] * 8).fetch()[0]
     assert len(sampler.counts.table) == 16

@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from spmd.schedule.request import Request, SamplingParams
 from tests.support.sampling import VARIED, VOCAB, here, logits, request, sample
 
 
-def draws(row: torch.Tensor, count: int, **params) -> Counter[int]:
+def draws(row: torch.Tensor, count: int, **params: Any) -> Counter[int]:
     """How often each token is drawn from one row of logits, over `count` random streams."""
     requests = [request(stream=stream * 0x1234567, **params) for stream in range(count)]
     return Counter(sample(row.expand(count, -1), requests))
@@ -60,7 +61,7 @@ def assert_drawn_from(probs: torch.Tensor, counts: Counter[int]) -> None:
         ({"repetition_penalty": 1.8}, [RepetitionPenaltyLogitsProcessor(1.8)]),
     ],
 )
-def test_draws_follow_the_distribution_of_transformers(params: dict, warpers: list) -> None:
+def test_draws_follow_the_distribution_of_transformers(params: dict[str, Any], warpers: list[Any]) -> None:
     for seed in range(3):
         row = logits(1, seed)
         warped = LogitsProcessorList(warpers)(torch.tensor([[1, 2, 3]]), row.clone())
@@ -142,6 +143,7 @@ def test_plain_greedy_is_argmax_of_the_raw_logits_and_nothing_else() -> None:
     assert plain_greedy(plain, [3, 3])
     assert plain_greedy([], [])
     assert not plain_greedy(plain, [3, 2])  # held open
+    more: dict[str, Any]
     for more in (
         {"logprobs": 0},
         {"logit_bias": ((3, 1.0),)},
@@ -150,7 +152,7 @@ def test_plain_greedy_is_argmax_of_the_raw_logits_and_nothing_else() -> None:
         {"presence_penalty": 0.1},
         {"temperature": 0.5},
     ):
-        assert not plain_greedy([*plain, request(**{"temperature": 0.0, **more})], [3, 3, 3])
+        assert not plain_greedy([*plain, request(**{"temperature": 0.0} | more)], [3, 3, 3])
 
 
 def test_a_temperature_next_to_zero_is_argmax() -> None:
@@ -163,7 +165,8 @@ def test_a_temperature_next_to_zero_is_argmax() -> None:
 def test_min_tokens_forbids_every_end_until_reached(temperature: float) -> None:
     row = torch.full((1, VOCAB), -20.0)
     row[0, [4, 5, 6, 7]] = torch.tensor([9.0, 8.0, 7.0, 6.0])
-    ends = {"eos_token_ids": (4, 5), "stop_token_ids": (6, VOCAB + 3), "min_tokens": 2, "temperature": temperature}
+    ends: dict[str, Any] = {"eos_token_ids": (4, 5), "stop_token_ids": (6, VOCAB + 3)}
+    ends |= {"min_tokens": 2, "temperature": temperature}
     assert sample(row, [request(output=[9], **ends)]) == [7]
     assert sample(row, [request(output=[9], ignore_eos=True, **ends)]) == [7]
     assert sample(row, [request(output=[9, 9], **ends)])[0] in (4, 5, 6)
@@ -206,6 +209,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         best = raw[i].sort(descending=True)
         assert [token for token, _ in answer.top] == best.indices[:k].tolist()
         assert [value for _, value in answer.top] == pytest.approx(best.values[:k].tolist())
+    assert answers[0] is not None
     assert answers[0].rank == VOCAB  # the bias chose it, the raw logits say how unlikely it was
 
 
@@ -268,9 +272,11 @@ def test_on_the_device_nothing_waits_and_the_tokens_are_those_of_the_cpu(dtype: 
     for each, (tokens, logprobs) in zip(sampled, expected, strict=True):
         assert each.token_ids.is_cuda
         assert each.fetch()[0] == each.token_ids.tolist() == tokens
-        for got, wanted in zip(each.fetch()[1], logprobs, strict=True):
+        found = each.fetch()[1]
+        assert found is not None and logprobs is not None
+        for got, wanted in zip(found, logprobs, strict=True):
             assert (got is None) == (wanted is None)
-            if got:
+            if got and wanted:
                 assert got.logprob == pytest.approx(wanted.logprob, abs=1e-4)
                 assert [value for _, value in got.top] == pytest.approx([value for _, value in wanted.top], abs=1e-4)
     assert [each.fetch()[0][0] for each in greedy] == [int(scores[0].argmax()) for scores in rows]
@@ -287,4 +293,4 @@ def test_fetch_waits_for_its_own_plan_and_not_for_later_work() -> None:
     torch.cuda._sleep(4_000_000_000)  # cycles: about two seconds
     tokens, logprobs = sampled.fetch()
     assert not torch.cuda.current_stream().query(), "fetch waited for the sleep"
-    assert tokens == scores.argmax(-1).tolist() and None not in logprobs
+    assert tokens == scores.argmax(-1).tolist() and logprobs is not None and None not in logprobs

@@ -27,7 +27,7 @@ class Peak(TorchDispatchMode):
     """Bytes of the tensors made within it that were alive at once."""
 
     def __init__(self, *known: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's; `untyped_calls_exclude` knows no `super()`
         self.seen = {tensor.untyped_storage()._cdata for tensor in known}
         self.alive = self.most = 0
 
@@ -72,7 +72,8 @@ def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
     backend = PlainBackend(arch, decoder.range, cache)
     ids, batch = inputs.padding(0, rows)
     batch = replace(batch, sample_rows=torch.arange(8))
-    with torch.inference_mode(), Peak(*decoder.parameters(), cache.keys, cache.values, inputs.tables) as peak:
+    peak = Peak(*decoder.parameters(), cache.keys, cache.values, inputs.tables)
+    with torch.inference_mode(), peak:
         x = decoder(ids, batch, backend)
         if last:
             params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
@@ -99,7 +100,7 @@ def test_a_forward_takes_no_more_and_at_least_half(arch: Callable[[], Architectu
 def test_no_sampling_takes_more_bytes_a_logit() -> None:
     vocab, rows = 5000, 16
     for values in ({"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 5}):
-        params = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, **values)  # type: ignore[arg-type]
+        params = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, **values)
         with Peak() as peak:
             requests = [Request(i, 0, [1, 2], params) for i in range(rows)]
             Sampler(vocab, "cpu").sample(torch.randn(rows, vocab).bfloat16(), requests, [2] * rows)

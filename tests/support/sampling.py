@@ -1,5 +1,7 @@
 """Requests, logits and one call of a fresh sampler: shared by the tests of sampler and penalties."""
 
+from typing import Any
+
 import torch
 
 from spmd.sampling.sampler import Sampler
@@ -12,7 +14,7 @@ def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def request(prompt: list[int] | None = None, output: list[int] | None = None, **params) -> Request:
+def request(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Request:
     made = Request(0, 0, list(prompt or [1, 2, 3]), SamplingParams(**params))
     made.tokens += output or []
     return made
@@ -27,7 +29,7 @@ def sample(scores: torch.Tensor, requests: list[Request], positions: list[int] |
     return Sampler(scores.shape[1], "cpu").sample(scores, requests, positions or here(requests)).fetch()[0]
 
 
-VARIED = [
+VARIED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.8, "stream": 1},
     {"top_k": 3, "stream": 2},
