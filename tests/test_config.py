@@ -163,7 +163,7 @@ def test_a_broken_rule_is_told_with_its_numbers(changes: dict[str, Any], world_s
     assert "\n" not in message
 
 
-def test_pitfall_2_seats_that_can_never_be_used_at_once_are_a_warning() -> None:
+def test_seats_that_can_never_be_used_at_once_are_a_warning() -> None:
     odd = {"topology.pp": 2, "scheduler.max_num_seqs": 17}
     (warning,) = warnings(altered(odd))
     assert "max_num_seqs=17" in warning and "16 or 18" in warning
@@ -172,7 +172,7 @@ def test_pitfall_2_seats_that_can_never_be_used_at_once_are_a_warning() -> None:
     assert warnings(altered(odd | {"scheduler.max_num_seqs": 16})) == []
 
 
-def test_pitfall_16_a_gate_with_one_replica_is_a_warning() -> None:
+def test_a_gate_with_one_replica_is_a_warning() -> None:
     (warning,) = warnings(altered({"balance.gate": "saturated"}))
     assert "balance.gate=saturated" in warning and "topology.dp=1" in warning
     assert warnings(altered({"balance.gate": "saturated", "topology.dp": 2})) == []

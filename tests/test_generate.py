@@ -127,7 +127,7 @@ def test_completion_order_and_replicas_change_no_answer(
     assert not parts_of(output).exists()
 
 
-def test_pitfall_18_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_finish(
+def test_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_finish(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = sums(2000, max_tokens=2)
@@ -258,7 +258,7 @@ def test_sampled_answers_do_not_depend_on_the_topology(here: Path, ranks: Ranks)
 # -- runs over the same files -----------------------------------------------------------------------------------------
 
 
-def test_pitfall_20_one_run_directory_for_all_ranks(here: Path) -> None:
+def test_one_run_directory_for_all_ranks(here: Path) -> None:
     """Raw torchrun, run_dir left to rank 0, in a folder that isn't the project's; a warning is told once, too."""
     overrides = ("topology=pp2", *DEMO, "input=in.jsonl", "output=out.jsonl", "scheduler.max_num_seqs=17", *GREEDY)
     done = run(torchrun(2, *overrides), here)
@@ -301,7 +301,7 @@ def cut(run: Callable[[], object], after: int) -> list[int]:
     return written
 
 
-def test_pitfall_19_resume_goes_by_content_over_a_torn_line_on_another_topology(here: Path, ranks: Ranks) -> None:
+def test_resume_goes_by_content_over_a_torn_line_on_another_topology(here: Path, ranks: Ranks) -> None:
     rows = sums(40)
     write_rows(here / "in.jsonl", rows)
     common = (*DEMO, f"input={here}/in.jsonl", f"run_dir={here}/run", *GREEDY)

@@ -67,7 +67,7 @@ def test_a_rank_is_shown_by_its_place() -> None:
         (3, 3, [1, 1, 1]),
     ],
 )
-def test_pitfall_8_a_remainder_goes_to_the_middle_stages(num_layers: int, pp: int, counts: list[int]) -> None:
+def test_a_remainder_goes_to_the_middle_stages(num_layers: int, pp: int, counts: list[int]) -> None:
     stages = split_layers(num_layers, pp)
     assert [len(stage) for stage in stages] == counts
     assert [layer for stage in stages for layer in stage] == list(range(num_layers))
@@ -108,7 +108,7 @@ def test_no_split_has_a_faster_slowest_stage(head_cost: float) -> None:
             assert cost(counts) <= min(map(cost, every_split(num_layers, pp))) + TIE
 
 
-def test_pitfall_8_layers_can_be_given() -> None:
+def test_layers_can_be_given() -> None:
     given = [range(1), range(1, 6), range(6, 7)]
     assert split_layers(7, 3, [1, 5, 1]) == split_layers(7, 3, [1, 5, 1], head_cost=4.0) == given
 
@@ -116,13 +116,13 @@ def test_pitfall_8_layers_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("layers", "stages", "total"), [([3, 4], 2, 7), ([2, 2, 2], 3, 6), ([4, 4, -1], 3, 7), ([0, 4, 3], 3, 7)]
 )
-def test_pitfall_8_a_wrong_split_is_refused_with_its_numbers(layers: list[int], stages: int, total: int) -> None:
+def test_a_wrong_split_is_refused_with_its_numbers(layers: list[int], stages: int, total: int) -> None:
     with pytest.raises(ValueError) as error:
         split_layers(7, 3, layers)
     assert f"{layers} has {stages} stages and {total} layers" in str(error.value)
     assert "3 counts >= 1" in str(error.value) and "7 layers" in str(error.value)
 
 
-def test_pitfall_8_fewer_layers_than_stages_are_refused() -> None:
+def test_fewer_layers_than_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"topology\.pp=4 needs at least 4 layers, the model has 3"):
         split_layers(3, 4)

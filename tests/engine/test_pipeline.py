@@ -1,4 +1,4 @@
-"""What others fell into, one test each, with the real engine; each also checks every answer and every plan."""
+"""Pipelines with uneven seats, layers, prompts, memory or pace; each run also checks every answer and every plan."""
 
 import json
 from collections.abc import Callable
