@@ -34,6 +34,11 @@ HEAVY = {"torch", "transformers", "numpy", "triton", "flashinfer"}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
+def test_the_page_on_architecture_shows_the_floors() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    assert "```\n" + "\n".join(", ".join(floor) for floor in FLOORS) + "\n```" in page
+
+
 def floor_of(room: str) -> int:
     """Counted from the ground."""
     return next(number for number, rooms in enumerate(reversed(FLOORS)) if room in rooms)
