@@ -111,14 +111,13 @@ def read_model(config: Config) -> Architecture:
     """Read the model's shape and check that it fits the topology.
 
     Raises:
-        ValueError: one line, see `read_architecture`, `check_topology` and `split_layers`.
+        ValueError: one line, see `read_architecture` and `check_topology`.
     """
     m, t = config.model, config.topology
     if m.path is None:
         raise ValueError("model.path is not set: give a folder with config.json, or a Hub id")
     arch = read_architecture(m.path, m.dtype, m.revision, m.overrides)
     check_topology(arch, Topology(t.dp, t.pp, t.tp), t.ep)
-    _split(config, arch)
     if m.max_model_len and m.max_model_len > arch.max_position_embeddings:
         raise ValueError(
             f"model.max_model_len={m.max_model_len} is more than the {arch.max_position_embeddings} positions "
@@ -131,33 +130,37 @@ def resolve(config: Config, arch: Architecture, device: torch.device) -> Setting
     """Work out what is null, for a model read by `read_model` and a kind of device that all ranks have.
 
     Raises:
-        ValueError: model.attention_backend or a default of sampling can't be.
+        ValueError: model.attention_backend, topology.layers or a default of sampling can't be.
     """
-    m = config.model
+    m, t = config.model, config.topology
     assert m.path is not None
     computed = replace(arch, dtype=computed_in(arch.dtype, device.type)) if m.dtype == "auto" else arch
     backend = choose_backend(m.attention_backend, computed, config.scheduler.block_size, device)
-    given = {member.name: getattr(config, member.name) for member in fields(Config)}
+    rows = decode_rows(config)
+    scheduler = _scheduler(config.scheduler, t.pp, rows, device.type == "cuda", backend)
+    generation_config = load_generation_config(m.path, m.revision)
+    sampling = default_sampling(generation_config, config.sampling, arch.vocab_size)
+    layers = [len(each) for each in split_layers(arch.num_layers, t.pp, t.layers, head_cost(computed, rows))]
     model = vars(m) | {
         "dtype": _name(computed.dtype),
         "max_model_len": m.max_model_len or arch.max_position_embeddings,
         "tokenizer": m.tokenizer or m.path,
         "attention_backend": backend,
     }
-    generation_config = load_generation_config(m.path, m.revision)
+    given = {member.name: getattr(config, member.name) for member in fields(Config)}
     worked_out = {
         "model": ModelSettings(**model),
-        "topology": TopologySettings(**vars(config.topology) | {"layers": _split(config, computed)}),
-        "scheduler": _scheduler(config, device.type, backend),
+        "topology": TopologySettings(**vars(t) | {"layers": layers}),
+        "scheduler": scheduler,
     }
     return Settings(
         **given | worked_out,
         asked=config,
         arch=computed,
         kind=device.type,
-        decode_rows=decode_rows(config),
+        decode_rows=rows,
         asked_dtype=_name(arch.dtype),
-        default_sampling=default_sampling(generation_config, config.sampling, arch.vocab_size),
+        default_sampling=sampling,
     )
 
 
@@ -173,16 +176,7 @@ def worked_out(settings: Settings) -> str:
     return ", ".join(found)
 
 
-def _split(config: Config, arch: Architecture) -> list[int]:
-    """Layers of each stage: as `topology.layers` says, or by cost."""
-    t = config.topology
-    return [
-        len(layers) for layers in split_layers(arch.num_layers, t.pp, t.layers, head_cost(arch, decode_rows(config)))
-    ]
-
-
-def _scheduler(config: Config, kind: str, backend: Name) -> SchedulerSettings:
-    s, pp, rows, on_gpu = config.scheduler, config.topology.pp, decode_rows(config), kind == "cuda"
+def _scheduler(s: SchedulerConfig, pp: int, rows: int, on_gpu: bool, backend: Name) -> SchedulerSettings:
     buckets = s.decode_buckets
     if buckets is None:
         buckets = _even_buckets(rows) if on_gpu else []

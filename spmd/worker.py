@@ -124,7 +124,9 @@ def settle(config: Config) -> Settings:
     Raises:
         ValueError: what the user can mend, on every rank alike.
     """
-    return resolve(config, read_model(config), choose_device(config.device))
+    device = choose_device(config.device)
+    arch = read_model(config)
+    return resolve(config, arch, device)
 
 
 def start(

@@ -165,9 +165,9 @@ def check_topology(arch: Architecture, topology: Topology, ep: bool = False) -> 
         ValueError: fewer layers than stages, a size that tp does not divide (names every such size), or experts that
             can't be shared out evenly.
     """
-    split_layers(arch.num_layers, topology.pp)
     if ep:
         _check_experts(arch, topology)
+    split_layers(arch.num_layers, topology.pp)
     sizes = {"num_attention_heads": arch.num_heads, "num_key_value_heads": arch.num_kv_heads}
     if not all(arch.sparse):
         sizes["intermediate_size"] = arch.intermediate_size

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from spmd.config import Config, ModelConfig, TopologyConfig
 from spmd.parallel.hidden import HiddenChannel
-from spmd.settings import read_model
 from spmd.topology import split_layers
+from spmd.worker import settle
 from tests.support.driver import Report, Tick, answers, configure, drive, run
 from tests.support.oracle import Task
 from tests.support.ranks import Ranks
@@ -107,7 +107,7 @@ def test_uneven_stages_and_tied_embeddings(ranks: Ranks, qwen3: Task, tmp_path: 
 def test_a_wrong_split_ends_the_start(qwen3: Task, pp: int, layers: list[int] | None, message: str) -> None:
     config = Config(model=ModelConfig(path=qwen3.model), topology=TopologyConfig(pp=pp, layers=layers))
     with pytest.raises(ValueError, match=message):
-        read_model(config)
+        settle(config)
 
 
 def drive_poisoned(rank: int, config: Config) -> Report:
@@ -186,4 +186,4 @@ def test_one_rank_samples_with_the_request_s_own_seed(
 def test_a_model_longer_than_its_positions_is_refused(qwen3: Task) -> None:
     config = Config(model=ModelConfig(path=qwen3.model, max_model_len=513))
     with pytest.raises(ValueError, match=r"max_model_len=513 is more than the 512 positions"):
-        read_model(config)
+        settle(config)
