@@ -2,40 +2,48 @@
 over tensor ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from statistics import mean
 
-from spmd.model.architecture import Architecture
+import torch
+from torch import Tensor
+
+from spmd.model.architecture import Architecture, LayerSpec
+from spmd.model.decoder import DecoderLayer
+from spmd.model.linear import Dense
+from spmd.model.moe import Experts
+from spmd.parallel.experts import ExpertParallel
+from spmd.parallel.tensor import TensorParallel
 
 CONTEXT = 1024  # tokens a row is taken to have where layers are weighed against the head
 
 
 def layer_params(arch: Architecture, layer: int, experts: float | None = None) -> float:
     """Parameters of one layer; of a sparse one with `experts` of its experts (None: all)."""
-    return _others(arch, layer) + sum(count * out * size for count, out, size in _linears(arch, layer, experts))
+    return _total(replace(arch, weight_format=Dense), layer, experts, Tensor.numel)
 
 
 def layer_bytes(arch: Architecture, layer: int, experts: float | None = None) -> float:
-    """Bytes of the same; those of linears depend on the weights' format."""
-    others, nbytes = _others(arch, layer) * arch.dtype.itemsize, arch.weight_format.nbytes
-    return others + sum(count * nbytes(arch.dtype, *shape) for count, *shape in _linears(arch, layer, experts))
+    """Bytes of the same, in the format of the weights."""
+    return _total(arch, layer, experts, lambda parameter: parameter.nbytes)
 
 
-def _linears(arch: Architecture, layer: int, experts: float | None) -> Iterator[tuple[float, int, int]]:
-    """How many a layer has of each linear, and its outputs and inputs."""
-    hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    count: float = 1
-    inner = arch.intermediate_size
-    if arch.sparse[layer]:
-        count, inner = arch.num_experts if experts is None else experts, arch.moe_intermediate_size
-    yield from ((1, q + 2 * kv, hidden), (1, hidden, q), (count, 2 * inner, hidden), (count, hidden, inner))
+def _total(arch: Architecture, layer: int, experts: float | None, size: Callable[[Tensor], int]) -> float:
+    module = _layer(arch, arch.layers[layer])
+    total = sum(map(size, module.parameters()))
+    if experts is None or not arch.sparse[layer]:
+        return total
+    of_experts = sum(size(p) for each in module.modules() if isinstance(each, Experts) for p in each.parameters())
+    return total - of_experts + of_experts * experts / arch.num_experts
 
 
-def _others(arch: Architecture, layer: int) -> int:
-    """Parameters in no such linear: norms, biases, the router."""
-    hidden, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    mlp = hidden * arch.num_experts if arch.sparse[layer] else arch.mlp_bias * (2 * arch.intermediate_size + hidden)
-    return 2 * hidden + arch.qkv_bias * (q + 2 * kv) + arch.o_bias * hidden + arch.qk_norm * 2 * arch.head_dim + mlp
+@cache
+def _layer(arch: Architecture, spec: LayerSpec) -> DecoderLayer:
+    """A layer of the model without memory for its parameters."""
+    with torch.device("meta"):
+        return DecoderLayer(arch, spec, TensorParallel(), ExpertParallel())
 
 
 def head_params(arch: Architecture) -> int:

@@ -1,15 +1,14 @@
-"""The formats that a linear layer's weight comes in: tensors, their names in a checkpoint, bytes, and the product.
+"""The formats that a linear layer's weight comes in: tensors, their names in a checkpoint, and the product.
 
 Weights are loaded as a `WeightFormat`, of which there is one so far, `Dense`; a model names its own in
-`Architecture.weight_format`. Another, such as 8-bit blocks with scales, is one more class: layers, the loader and the
-estimates of memory and cost ask the format for all that differs. On CPUs `Dense.packed` turns loaded weights into what
-a library multiplies with faster, `OneDNN` or `FBGEMM`.
+`Architecture.weight_format`. Another, such as 8-bit blocks with scales, is one more class: layers and the loader ask
+the format for all that differs, and the estimates of memory and cost count its tensors. On CPUs `Dense.packed` turns
+loaded weights into what a library multiplies with faster, `OneDNN` or `FBGEMM`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,11 +58,6 @@ class WeightFormat(nn.Module, ABC):
     def stored(self) -> Iterator[Stored]:
         """Its tensors; over the ranks all are split alike."""
 
-    @staticmethod
-    @abstractmethod
-    def nbytes(dtype: torch.dtype, *shape: int) -> int:
-        """Bytes that a weight of this shape takes, and that multiplying with it reads."""
-
     def packed(self, rows: int) -> Weight | WeightStack:
         """The same in another order for products with about `rows` rows, where that is faster. No loading after it."""
         return self
@@ -87,10 +81,6 @@ class Dense(WeightFormat):
 
     def stored(self) -> Iterator[Stored]:
         yield Stored("weight", self.values)
-
-    @staticmethod
-    def nbytes(dtype: torch.dtype, *shape: int) -> int:
-        return prod(shape) * dtype.itemsize
 
     def packed(self, rows: int) -> Weight | WeightStack:
         """In a library's own order, on CPUs; elsewhere as it is.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -40,10 +39,6 @@ class Blocks(WeightFormat):
     def stored(self) -> Iterator[Stored]:
         yield Stored("weight", self.values)
         yield Stored("weight_scale_inv", self.scales, BLOCK)
-
-    @staticmethod
-    def nbytes(dtype: torch.dtype, *shape: int) -> int:
-        return prod(shape) + prod(shape) // BLOCK**2 * 4
 
 
 def widened(values: Tensor, scales: Tensor) -> Tensor:
