@@ -6,7 +6,7 @@ turned into one frozen `Architecture` that the rest of the package receives.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,16 +19,25 @@ from spmd.model.linear import Dense, WeightFormat
 from spmd.model.rope import ROPE_TYPES, RopeConfig
 from spmd.topology import Topology, split_layers
 
+ATTENTION = "spmd.model.attention:Attention"
+DENSE_MLP, SPARSE_MLP = "spmd.model.layers:MLP", "spmd.model.moe:SparseMLP"
+
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture's name implies, as in its transformers modeling file."""
+    """What an architecture's name implies, as in its transformers modeling file.
+
+    Attention and MLP are named as `module:Class`, which `DecoderLayer` imports: these classes import this file.
+    """
 
     qkv_bias: bool = False  # always, whatever attention_bias says
     attention_bias: bool = False  # heeds config.attention_bias, for q, k, v and o
     qk_norm: bool = False
     sliding_window: bool = False
     norm_topk_prob: bool = False  # always, whatever norm_topk_prob says
+    attention: str = ATTENTION
+    mlp: str = DENSE_MLP  # of layers without experts
+    activations: tuple[str, ...] = ("silu", "swish")  # values of hidden_act that its MLPs compute
 
 
 FAMILIES = {
@@ -45,9 +54,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class GroupedQuery:
-    """The kind of attention in which several query heads share a KV head: `spmd.model.attention.Attention`."""
+    """The kind of attention in which several query heads share a KV head."""
 
     window: int | None = None  # tokens a query sees, itself included; None: all
+    module: str = ATTENTION
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class LayerSpec:
     """What a layer consists of. Another kind of attention or MLP is another value here."""
 
     attention: GroupedQuery = GroupedQuery()
-    mlp: Literal["dense", "experts"] = "dense"
+    mlp: str = DENSE_MLP
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class Architecture:
     @property
     def sparse(self) -> tuple[bool, ...]:
         """Of each layer, whether it has experts in the place of one MLP."""
-        return tuple(layer.mlp == "experts" for layer in self.layers)
+        return tuple(layer.mlp == SPARSE_MLP for layer in self.layers)
 
     def cache_spec(self, layer: int, tp: int = 1) -> CacheSpec:
         """What a token leaves behind in one layer, on one of `tp` ranks. So far all layers are alike."""
@@ -123,8 +133,8 @@ def read_architecture(
     """
     name, config = _read_config(path, revision, dict(overrides or {}))
     family = FAMILIES[name]
-    if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"{path}: hidden_act={config.hidden_act} is not supported, only silu is")
+    if config.hidden_act not in family.activations:
+        raise ValueError(f"{path}: hidden_act={config.hidden_act} is not supported, only {family.activations[0]} is")
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{path}: quantized checkpoints are not supported")
     bias = family.attention_bias and config.attention_bias
@@ -247,8 +257,8 @@ def _layers(family: Family, config: PretrainedConfig, experts: int) -> tuple[Lay
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(
         LayerSpec(
-            GroupedQuery(window if kind == "sliding_attention" else None),
-            "experts" if _is_sparse(config, layer, experts) else "dense",
+            GroupedQuery(window if kind == "sliding_attention" else None, family.attention),
+            SPARSE_MLP if _is_sparse(config, layer, experts) else family.mlp,
         )
         for layer, kind in enumerate(types)
     )

@@ -5,16 +5,16 @@ gate and up, and the experts of a layer are fused.
 """
 
 from dataclasses import replace
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor, nn
 
 from spmd.model.architecture import Architecture, LayerSpec
-from spmd.model.attention import Attention
 from spmd.model.backend import Backend, Sums
 from spmd.model.batch import Batch
-from spmd.model.layers import MLP, Embedding, Head, RMSNorm
-from spmd.model.moe import Experts, SparseMLP
+from spmd.model.layers import Embedding, Head, RMSNorm
+from spmd.model.moe import Experts
 from spmd.model.weights import Piece, Weights
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
@@ -26,9 +26,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, arch: Architecture, spec: LayerSpec, tp: TensorParallel, ep: ExpertParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(arch.hidden_size, arch)
-        self.self_attn = Attention(arch, spec.attention, tp)
+        self.self_attn = resolve_name(spec.attention.module)(arch, spec.attention, tp)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch)
-        self.mlp = SparseMLP(arch, tp, ep) if spec.mlp == "experts" else MLP(arch, tp)
+        self.mlp = resolve_name(spec.mlp)(arch, tp, ep)
 
     def forward(
         self, x: Sums, residual: Tensor | None, layer: int, backend: Backend, shared_rows: int | None

@@ -8,6 +8,7 @@ from spmd.model.architecture import Architecture
 from spmd.model.backend import Backend, Sums
 from spmd.model.linear import Dense, Stored, WeightFormat
 from spmd.model.weights import Piece, Weights, empty, shard, whole
+from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
 
 
@@ -142,7 +143,7 @@ class Head(Vocabulary):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, arch: Architecture, tp: TensorParallel) -> None:
+    def __init__(self, arch: Architecture, tp: TensorParallel, ep: ExpertParallel) -> None:
         super().__init__()
         inner, bias = arch.intermediate_size, arch.mlp_bias
         self.gate_up_proj = GatedLinear(arch, arch.hidden_size, inner, bias, tp)

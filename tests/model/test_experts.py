@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig
-from spmd.model.architecture import LayerSpec, check_topology, read_architecture
+from spmd.model.architecture import SPARSE_MLP, LayerSpec, check_topology, read_architecture
 from spmd.model.checkpoint import load
 from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
@@ -214,7 +214,7 @@ def test_experts_must_be_there_and_divide_evenly(tmp_path: Path) -> None:
         check_topology(arch, Topology(dp, 1, tp), ep=True)
     with pytest.raises(ValueError, match=r"dp=3 x topology\.tp=2 = 6 ranks.*num_experts=8; 1, 2, 4, 8 ranks would fit"):
         check_topology(arch, Topology(3, 1, 2), ep=True)
-    odd = replace(arch, moe_intermediate_size=33, layers=(LayerSpec(mlp="experts"),) * 4)  # experts are not cut
+    odd = replace(arch, moe_intermediate_size=33, layers=(LayerSpec(mlp=SPARSE_MLP),) * 4)  # experts are not cut
     check_topology(odd, Topology(2, 1, 2), ep=True)
     with pytest.raises(ValueError, match="moe_intermediate_size=33"):
         check_topology(odd, Topology(2, 1, 2))

@@ -14,7 +14,7 @@ from torch import Tensor
 from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.backend import PlainBackend
 from spmd.backend.plain.experts import Routed
-from spmd.model.architecture import Architecture, LayerSpec
+from spmd.model.architecture import SPARSE_MLP, Architecture, LayerSpec
 from spmd.model.backend import ExpertLayer
 from spmd.model.linear import Dense
 from spmd.model.moe import Experts
@@ -29,7 +29,7 @@ ARCH = Architecture(
     dtype=torch.bfloat16,
     vocab_size=8,
     hidden_size=HIDDEN,
-    layers=(LayerSpec(mlp="experts"),),
+    layers=(LayerSpec(mlp=SPARSE_MLP),),
     num_heads=2,
     num_kv_heads=1,
     head_dim=64,
