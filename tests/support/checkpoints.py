@@ -7,14 +7,9 @@ import torch
 import transformers
 from torch import nn
 
-FAMILIES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "MixtralForCausalLM",
-)
+from spmd.model import architecture
+
+FAMILIES = tuple(architecture.FAMILIES)
 
 SHAPE = {
     "hidden_size": 64,
