@@ -22,8 +22,9 @@ from spmd.journal.paths import Paths, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
-from spmd.runtime.compose import USAGE, compose, tell
+from spmd.runtime.compose import compose, tell
 from spmd.settings import Settings, read_model, resolve
+from spmd.signals import USAGE
 from spmd.stage.memory import (
     CUDA_BYTES,
     Device,
