@@ -209,7 +209,7 @@ class Balance:
 
     def admits(self, tick: int, running: int, waiting: int) -> bool:
         """Whether waiting requests may be seated in this tick."""
-        return self.rules.gate == "off" or self.gate.open(self.loads, tick, running, waiting)
+        return self.gate.open(self.loads, tick, running, waiting)
 
 
 def _mixed(loads: Sequence[Load]) -> bool:

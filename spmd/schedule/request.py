@@ -91,10 +91,6 @@ class Request:
         return self.tokens[self.prompt_len :]
 
     @property
-    def num_output(self) -> int:
-        return len(self.tokens) - self.prompt_len
-
-    @property
     def num_known(self) -> int:
         """The first tokens that are committed and have their keys and values computed or planned."""
         return min(self.scheduled, len(self.tokens))
