@@ -120,5 +120,5 @@ def test_a_block_can_be_shared_once_its_tokens_are_committed(lookahead: int) -> 
     assert first.scheduled - len(first.tokens) == lookahead
     again = make_request(1, [*first.tokens, 1], 3)
     simulation.add([again]).run()
-    assert again.cached == (again.prompt_len - 1) // 4 * 4 >= 8
+    assert scheduler.counters.cached_tokens == (again.prompt_len - 1) // 4 * 4 >= 8
     assert list(again.output) == expected_output(again)

@@ -111,7 +111,7 @@ def test_full_prefix_hit_computes_the_last_token_alone(exclusive: bool) -> None:
     again = make_request(1, prompt, 3)
     simulation.add([again])
     plan = simulation.tick()
-    assert (plan.num_prompt_tokens, plan.starts, again.cached) == (1, [8], 8)
+    assert (plan.num_prompt_tokens, plan.starts, scheduler.counters.cached_tokens) == (1, [8], 8)
     assert plan.sampled == [again]
 
 
