@@ -8,8 +8,9 @@ import shlex
 import sys
 
 from spmd.config_checks import check
-from spmd.runtime.compose import USAGE, compose, tell
+from spmd.runtime.compose import compose, tell
 from spmd.runtime.slurm import allocation, check_processes, port, shard
+from spmd.signals import USAGE
 
 
 def settle() -> dict[str, str]:

@@ -6,7 +6,8 @@ Imports no torch, so that a mistake shows in a second, once, and before any rank
 import sys
 
 from spmd.config_checks import check
-from spmd.runtime.compose import USAGE, compose, tell
+from spmd.runtime.compose import compose, tell
+from spmd.signals import USAGE
 
 if __name__ == "__main__":
     try:

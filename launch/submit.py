@@ -15,8 +15,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from spmd.config_checks import check
-from spmd.runtime.compose import USAGE, compose, tell
+from spmd.runtime.compose import compose, tell
 from spmd.runtime.slurm import check_processes
+from spmd.signals import USAGE
 
 HOME = Path(__file__).resolve().parent.parent
 OPTIONS = {

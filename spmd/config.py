@@ -5,30 +5,23 @@ start begins with. Names are vLLM's where vLLM has one. `spmd.config_checks` che
 works out what is null, and docs/configuration.md is made of it (`make docs`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 
-def key(
-    default: Any = None,
-    help: str = "",
-    *,
-    choices: Sequence[str] = (),
-    least: float | None = None,
-    factory: Callable[[], Any] | None = None,
-) -> Any:
+def key(default: Any, help: str, *, choices: Sequence[str] = (), least: float | None = None) -> Any:
     """A field of the schema.
 
     Args:
+        default: the value or, of a list or a mapping, what makes one.
         help: what the key does and, where its default is null, what null comes to.
         choices: the values that a text may have; empty: any.
         least: the smallest number allowed.
-        factory: makes the default of a list or a mapping, in the place of `default`.
     """
     metadata = {"help": help, "choices": tuple(choices), "least": least}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -52,7 +45,7 @@ class ModelConfig:
     )
     tokenizer: str | None = key(None, "A folder or Hub id to take the tokenizer from. null: model.path.")
     revision: str | None = key(None, "Branch, tag or commit of a Hub id. null: the main branch.")
-    overrides: dict[str, Any] = key(factory=dict, help="Replaces keys of config.json.")
+    overrides: dict[str, Any] = key(dict, "Replaces keys of config.json.")
     attention_backend: str = key(
         "auto",
         "What computes a forward. flashinfer: FlashInfer and kernels of ours, on GPUs; torch: plain PyTorch, "
@@ -184,8 +177,8 @@ class WorkloadConfig:
 
     name: str = key("cpu", "What the figures call it.")
     num_prompts: int = key(64, "Rows.", least=1)
-    input_len: list[int] = key(factory=lambda: [64, 128], help="Tokens of a prompt: [least, most].")
-    output_len: list[int] = key(factory=lambda: [32, 64], help="Tokens of an output: [least, most].")
+    input_len: list[int] = key(lambda: [64, 128], "Tokens of a prompt: [least, most].")
+    output_len: list[int] = key(lambda: [32, 64], "Tokens of an output: [least, most].")
     output_sigma: float = key(
         0.0, "Above 0, outputs are lognormal with this sigma and the range's geometric mean as median.", least=0
     )
@@ -263,16 +256,15 @@ class Config:
     progress: bool = key(True, "Show on rank 0 how far the run is.")
 
 
+def sections() -> dict[str, type]:
+    """The schema of each section, by its name."""
+    return {name: type(value) for name, value in vars(Config()).items() if is_dataclass(value)}
+
+
 def keys() -> dict[str, Field[Any]]:
     """The field of every key, by its dotted name, in the order of the schema."""
-    found: dict[str, Field[Any]] = {}
-    for member in fields(Config):
-        section = member.default_factory if not member.metadata else None
-        if isinstance(section, type):
-            found |= {f"{member.name}.{inner.name}": inner for inner in fields(section)}
-        else:
-            found[member.name] = member
-    return found
+    nested = {f"{name}.{member.name}": member for name, section in sections().items() for member in fields(section)}
+    return nested | {member.name: member for member in fields(Config) if member.metadata}
 
 
 def value_of(config: Config, name: str) -> Any:

@@ -3,12 +3,10 @@
 torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.path=DIR input=in.jsonl output=out.jsonl
 """
 
-from datetime import datetime
 from time import monotonic, perf_counter
 
 from spmd.api.reader import Reader
 from spmd.api.rows import RowParser
-from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
 from spmd.leader import Leader
@@ -16,7 +14,7 @@ from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.run_files import Files, check_paths
+from spmd.run_files import RunFiles, check_paths, row_parser
 from spmd.runtime.agreement import agree, from_rank_0, together
 from spmd.runtime.main import main
 from spmd.signals import Stop, name
@@ -32,19 +30,19 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
     """
     check_paths(config)
     settings = settle(config)
-    with Files(settings, topology) as files:
-        task = from_rank_0(topology, together(topology, files.open))
-        assert task is not None
-        complete = together(topology, lambda: files.complete(task) if topology.rank == 0 else None)
+    with RunFiles(settings, topology) as files:
+        snapshot = from_rank_0(topology, together(topology, files.open))
+        assert snapshot is not None
+        complete = together(topology, lambda: files.complete(snapshot) if topology.rank == 0 else None)
         if from_rank_0(topology, complete is not None):
             if complete:
                 _finish(files, complete)
             return
-        agree(together(topology, lambda: files.facts(task)))
+        agree(together(topology, lambda: files.facts(snapshot)))
         worker = start(settings, topology, stop)
-        parser = together(topology, lambda: _parser(worker, task.now))
-        reader = files.reader(task, parser)
-        together(topology, lambda: files.open_part(task))
+        parser = together(topology, lambda: row_parser(worker.settings, worker.settings.capacity, snapshot.now))
+        reader = files.reader(snapshot, parser)
+        together(topology, lambda: files.open_part(snapshot))
         worker.phases.end("tokenizer")
         metrics = _answer(worker, reader, parser, files)
         if metrics and stop.stopped:
@@ -56,7 +54,7 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
             _finish(files, reader, metrics)
 
 
-def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> Metrics | None:
+def _answer(worker: Worker, reader: Reader, parser: RowParser, files: RunFiles) -> Metrics | None:
     """Answer the reader's rows; on rank 0 returns the figures of all ranks."""
     settings, part, journal = worker.settings, files.part, files.journal
     leader = Leader(parser.tokenizer, settings.model.path, Metrics(), part.write) if part else None
@@ -71,7 +69,7 @@ def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> 
     return metrics
 
 
-def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> None:
+def _finish(files: RunFiles, reader: Reader, metrics: Metrics | None = None) -> None:
     """Put the output together and tell of it, on rank 0; without metrics no rank had anything to do."""
     assert files.journal
     parts, done = (files.topology.dp, metrics.rows_ok + metrics.rows_failed) if metrics else (0, 0)
@@ -88,18 +86,6 @@ def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> Non
     print(f"answers: {files.output}")
     if metrics:
         print(f"figures: {write_json(metrics, files.output)}")
-
-
-def _parser(worker: Worker, now: datetime) -> RowParser:
-    settings, m = worker.settings, worker.settings.model
-    return RowParser(
-        load_tokenizer(m.tokenizer, m.revision, now),
-        load_generation_config(m.path, m.revision),
-        settings.sampling,
-        m.max_model_len,
-        settings.capacity,
-        settings.arch.vocab_size,
-    )
 
 
 def _show(progress: Progress, reader: Reader) -> Watch:

@@ -63,7 +63,9 @@ class Leader:
         now = perf_counter()
         self.rows[row.index] = Open(row)
         for request in row.requests:
-            self.choices[request] = Choice(Clock(now), self._checker(request), _ends(request.params))
+            params = request.params
+            checker = StopChecker(self.tokenizer, request.tokens, params) if params.stop else None
+            self.choices[request] = Choice(Clock(now), checker, _ends(params))
 
     def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
         """A token for each of `plan.sampled`, and whether the request has ended. Plans come in order.
@@ -111,19 +113,6 @@ class Leader:
             choice.stop_reason,
             choice.checker.text if choice.checker else None,
             choice.logprobs if request.params.logprobs is not None else None,
-        )
-
-    def _checker(self, request: Request) -> StopChecker | None:
-        params = request.params
-        if not params.stop:
-            return None
-        return StopChecker(
-            self.tokenizer,
-            request.tokens,
-            params.stop,
-            params.include_stop_str_in_output,
-            params.skip_special_tokens,
-            params.min_tokens,
         )
 
 

@@ -15,15 +15,16 @@ import torch
 
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, RowParser
-from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.config_checks import check, warnings
 from spmd.journal.paths import Paths, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
-from spmd.runtime.compose import USAGE, compose, tell
+from spmd.run_files import row_parser
+from spmd.runtime.compose import compose, tell
 from spmd.settings import Settings, read_model, resolve
+from spmd.signals import USAGE
 from spmd.stage.memory import (
     CUDA_BYTES,
     Device,
@@ -63,7 +64,7 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
     yield "model", [_model(settings)]
     yield "checkpoint", _checkpoint(settings)
     yield "memory", _memory(settings, device)
-    parser = _parser(settings, device)
+    parser = row_parser(settings, _capacity(settings, device) if device else settings.model.max_model_len)
     yield "tokenizer", [_tokenizer(parser)]
     if config.input is not None:
         yield "input", _input(config.input, parser, config.shard)
@@ -139,18 +140,6 @@ def _capacity(settings: Settings, device: Device) -> int:
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _parser(settings: Settings, device: Device | None) -> RowParser:
-    m = settings.model
-    return RowParser(
-        load_tokenizer(m.tokenizer, m.revision),
-        load_generation_config(m.path, m.revision),
-        settings.sampling,
-        m.max_model_len,
-        _capacity(settings, device) if device else m.max_model_len,
-        settings.arch.vocab_size,
-    )
 
 
 def _tokenizer(parser: RowParser) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from spmd.api.reader import Reader, check_input, count_lines, input_digest
 from spmd.api.rows import RowParser
+from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.journal.fingerprint import fingerprint
 from spmd.journal.journal import Journal
@@ -19,8 +20,8 @@ from spmd.topology import Topology
 
 
 @dataclass(frozen=True)
-class Task:
-    """What rank 0 looks up for all, so that they go through the same rows."""
+class Snapshot:
+    """What rank 0 finds when a run begins, for all ranks, so that they go through the same rows."""
 
     size: int  # bytes of input
     done: bytes  # keys of rows to pass over
@@ -39,8 +40,8 @@ def check_paths(config: Config) -> tuple[str, str]:
     return config.input, config.output
 
 
-class Files:
-    """A context manager, which lets go of them with all answers in place.
+class RunFiles:
+    """Input, output and part of a run on one rank; a context manager, which lets go of them with all answers in place.
 
     Raises:
         ValueError: from any call, what the user can mend.
@@ -54,7 +55,7 @@ class Files:
         self.journal: Journal | None = None
         self.part: PartWriter | None = None
 
-    def open(self) -> Task | None:
+    def open(self) -> Snapshot | None:
         """Check the input and, on rank 0, take hold of the output; what all ranks must know then."""
         size = check_input(self.input)
         if self.topology.rank:
@@ -62,36 +63,36 @@ class Files:
         job, again = _job()
         header = {"identity": _identity(self.settings), "model.path": self.settings.model.path, "job": job}
         self.journal = Journal(self.output, self.input, header, self.settings.resume, again)
-        return Task(size, self.journal.known, self.journal.header, datetime.now())
+        return Snapshot(size, self.journal.known, self.journal.header, datetime.now())
 
-    def facts(self, task: Task) -> dict[str, str]:
+    def facts(self, snapshot: Snapshot) -> dict[str, str]:
         """What this rank finds in the files that all ranks read for themselves."""
-        found = {"the digest of the input": input_digest(self.input, task.size)}
+        found = {"the digest of the input": input_digest(self.input, snapshot.size)}
         return found | {name: str(value) for name, value in _identity(self.settings).items()}
 
-    def reader(self, task: Task, parser: RowParser | None = None) -> Reader:
+    def reader(self, snapshot: Snapshot, parser: RowParser | None = None) -> Reader:
         """The input from its first row on; without a parser none of its rows can be had."""
-        identity = json.dumps(task.header["identity"], sort_keys=True)
-        return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.settings.shard)
+        identity = json.dumps(snapshot.header["identity"], sort_keys=True)
+        return Reader(self.input, parser, KeyTable(snapshot.done), identity, snapshot.size, self.settings.shard)
 
-    def complete(self, task: Task) -> Reader | None:
+    def complete(self, snapshot: Snapshot) -> Reader | None:
         """A reader that has met all rows, if none of them is left to answer. On rank 0."""
-        reader = self.reader(task)
-        if len(reader.done) * reader.shards < count_lines(self.input, task.size):
+        reader = self.reader(snapshot)
+        if len(reader.done) * reader.shards < count_lines(self.input, snapshot.size):
             return None  # as nearly always; known without a look at the rows
         return None if reader.next_row(own=False) else reader
 
-    def open_part(self, task: Task) -> None:
+    def open_part(self, snapshot: Snapshot) -> None:
         """On a leader, make its part."""
         if self.topology.is_leader:
-            self.part = PartWriter(self.output, self.topology.dp_rank, task.header)
+            self.part = PartWriter(self.output, self.topology.dp_rank, snapshot.header)
 
     def close_part(self) -> None:
         """On a leader, see to it that all of its part is on the disk."""
         if self.part:
             self.part.close()
 
-    def __enter__(self) -> "Files":
+    def __enter__(self) -> "RunFiles":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -99,6 +100,25 @@ class Files:
             self.part.__exit__(*error)
         if self.journal:
             self.journal.close()
+
+
+def row_parser(settings: Settings, capacity: int, now: datetime | None = None) -> RowParser:
+    """What makes jobs of the input's lines, for a KV cache that holds `capacity` tokens of a request.
+
+    `now`: see `load_tokenizer`.
+
+    Raises:
+        ValueError: the tokenizer or generation_config.json can't be read.
+    """
+    m = settings.model
+    return RowParser(
+        load_tokenizer(m.tokenizer, m.revision, now),
+        load_generation_config(m.path, m.revision),
+        settings.sampling,
+        m.max_model_len,
+        capacity,
+        settings.arch.vocab_size,
+    )
 
 
 def _identity(settings: Settings) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Settings(Config):
 
     @property
     def stages(self) -> list[range]:
-        """Layers of each stage."""
+        """Layers of each stage, contiguous and in order."""
         return [range(start, stop) for start, stop in pairwise(accumulate(self.topology.layers, initial=0))]
 
     @property
@@ -140,21 +140,20 @@ def resolve(config: Config, arch: Architecture, device: torch.device) -> Setting
     scheduler = _scheduler(config.scheduler, t.pp, rows, device.type == "cuda", backend)
     generation_config = load_generation_config(m.path, m.revision)
     sampling = default_sampling(generation_config, config.sampling, arch.vocab_size)
-    layers = [len(each) for each in split_layers(arch.num_layers, t.pp, t.layers, head_cost(computed, rows))]
+    layers = split_layers(arch.num_layers, t.pp, t.layers, head_cost(computed, rows))
     model = vars(m) | {
         "dtype": _name(computed.dtype),
         "max_model_len": m.max_model_len or arch.max_position_embeddings,
         "tokenizer": m.tokenizer or m.path,
         "attention_backend": backend,
     }
-    given = {member.name: getattr(config, member.name) for member in fields(Config)}
-    worked_out = {
+    sections = {
         "model": ModelSettings(**model),
         "topology": TopologySettings(**vars(t) | {"layers": layers}),
         "scheduler": scheduler,
     }
     return Settings(
-        **given | worked_out,
+        **vars(config) | sections,
         asked=config,
         arch=computed,
         kind=device.type,

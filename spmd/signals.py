@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+FAILED, USAGE = 1, 2  # exit statuses: something broke; something the user can mend
 STOPPED = 75  # exit status: stopped early, start again to go on (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_KEYPRESS = 1.0  # seconds in which a second signal is the same one: Ctrl-C reaches a rank and, by torchrun, again

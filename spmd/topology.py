@@ -77,8 +77,8 @@ class Topology:
         return f"dp{self.dp_rank}/pp{self.pp_rank}/tp{self.tp_rank}"
 
 
-def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None, head_cost: float = 0.0) -> list[range]:
-    """Layers of each stage, contiguous and in order, such that the slowest stage is as fast as can be.
+def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None, head_cost: float = 0.0) -> list[int]:
+    """How many layers each stage has, such that the slowest stage is as fast as can be.
 
     The last stage also pays for the head: `head_cost`, in layers. The embedding is a lookup and costs the first one
     nothing. Among splits of equal cost the most even one is taken; a remainder goes to the middle stages, then to the
@@ -90,16 +90,14 @@ def split_layers(num_layers: int, pp: int, layers: Sequence[int] | None = None, 
     if num_layers < pp:
         raise ValueError(f"topology.pp={pp} needs at least {pp} layers, the model has {num_layers}")
     if layers is None:
-        counts = _cheapest(num_layers, pp, head_cost)
-    else:
-        counts = list(layers)
-        if len(counts) != pp or sum(counts) != num_layers or min(counts) < 1:
-            raise ValueError(
-                f"topology.layers={counts} has {len(counts)} stages and {sum(counts)} layers; "
-                f"it must list {pp} counts >= 1 (topology.pp) that sum to the model's {num_layers} layers"
-            )
-    starts = [sum(counts[:stage]) for stage in range(pp)]
-    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        return _cheapest(num_layers, pp, head_cost)
+    counts = list(layers)
+    if len(counts) != pp or sum(counts) != num_layers or min(counts) < 1:
+        raise ValueError(
+            f"topology.layers={counts} has {len(counts)} stages and {sum(counts)} layers; "
+            f"it must list {pp} counts >= 1 (topology.pp) that sum to the model's {num_layers} layers"
+        )
+    return counts
 
 
 def _cheapest(num_layers: int, pp: int, head_cost: float) -> list[int]:

@@ -69,7 +69,8 @@ class Worker:
         """
         t = self.topology
         with self._guarded() as digests, self.stop.gentle():
-            engine = self._engine(source, leader, digests, watch)
+            scheduler, replicas = build_scheduler(self.settings), build_replicas(self.settings, t, self.groups)
+            engine = Engine(scheduler, self.stage, source, replicas, self._results(leader), digests, watch)
             log.info("start-up: %s", self.phases)
             started, busy = perf_counter(), self.stage.clock.total()
             engine.run()
@@ -89,11 +90,6 @@ class Worker:
             return
         with together(t, lambda: Guard(t, settings, logs, self.stop, self.device.type == "cpu")) as guard:
             yield DigestChain(guard.recorder.write) if settings.enabled else Undigested()
-
-    def _engine(self, source: Source, leader: Leader | None, digests: DigestChain | Undigested, watch: Watch) -> Engine:
-        scheduler = build_scheduler(self.settings)
-        replicas = build_replicas(self.settings, self.topology, self.groups)
-        return Engine(scheduler, self.stage, source, replicas, self._results(leader), digests, watch)
 
     def _results(self, leader: Leader | None) -> Results:
         if self.groups.packets is None:
@@ -125,14 +121,11 @@ def settle(config: Config) -> Settings:
         ValueError: what the user can mend, on every rank alike.
     """
     device = choose_device(config.device)
-    arch = read_model(config)
-    return resolve(config, arch, device)
+    return resolve(config, read_model(config), device)
 
 
-def start(
-    settings: Settings, topology: Topology, stop: Stop | None = None, check: Callable[[], None] | None = None
-) -> Worker:
-    """Bring up this rank. `check` is the main's own check of files, made by every rank before weights load.
+def start(settings: Settings, topology: Topology, stop: Stop) -> Worker:
+    """Bring up this rank.
 
     Raises:
         ValueError: what the user can mend, on every rank alike.
@@ -143,8 +136,6 @@ def start(
     groups = connect(topology, device, s.lookahead > 0, settings.topology.ep, settings.guard.timeout)
     run_dir = open_run_dir(settings, topology)
     log.info("worked out: %s", worked_out(settings))
-    if check:
-        together(topology, check)
     check_model(settings, topology, device)
     phases.end("processes")
     decoder = together(topology, lambda: load_decoder(settings, topology, groups, device))
@@ -158,7 +149,7 @@ def start(
     gc.collect()
     gc.freeze()  # what start-up left is kept anyway: no collection in the loop needs to look at it, for 0.1 s each
     phases.end("cache and kernels")
-    return Worker(settings, topology, groups, device, stage, run_dir, stop or Stop(), phases)
+    return Worker(settings, topology, groups, device, stage, run_dir, stop, phases)
 
 
 def check_model(settings: Settings, topology: Topology, device: torch.device) -> None:

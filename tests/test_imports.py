@@ -29,7 +29,7 @@ FLOORS = (
 )
 APART = ("demo", "__init__")  # the model that ships with the project, and how it was made
 MOST_FILES = 13
-MAINS_OF_LAUNCH = ("spmd.runtime.compose", "spmd.runtime.slurm", "spmd.config_checks")
+MAINS_OF_LAUNCH = ("spmd.runtime.compose", "spmd.runtime.slurm", "spmd.config_checks", "spmd.signals")
 HEAVY = {"torch", "transformers", "numpy", "triton", "flashinfer"}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 
 from spmd.messages import first_line
+from spmd.schedule.request import SamplingParams
 
 # Prompt tokens decoded in front of an output: SentencePiece drops the space before the first word it decodes.
 CONTEXT = 6
@@ -70,22 +71,14 @@ def output_text(tokenizer: Any, prompt: Sequence[int], output: Sequence[int], sk
 
 
 class StopChecker:
-    """Looks for stop strings in the text of one growing output. Each token costs the decoding of a few."""
+    """Looks for `params.stop` in the text of one growing output. Each token costs the decoding of a few.
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        prompt: Sequence[int],
-        stop: Sequence[str],
-        include_stop: bool = False,
-        skip_special_tokens: bool = True,
-        min_tokens: int = 0,
-    ) -> None:
+    A stop string that is complete within the first `min_tokens` doesn't count, as in vLLM.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], params: SamplingParams) -> None:
         self.tokenizer = tokenizer
-        self.stop = stop
-        self.include_stop = include_stop
-        self.skip_special_tokens = skip_special_tokens
-        self.min_tokens = min_tokens  # a stop string that is complete by then doesn't count, as in vLLM
+        self.params = params
         self.text = ""  # of the output so far; ends before (or behind) the stop string once there is one
         self.num_tokens = 0
         # Tokens not yet in `text`, behind those whose text may depend on them; `shown` is the text of the latter.
@@ -98,23 +91,23 @@ class StopChecker:
         new = self._new_text(token)
         old = len(self.text)
         self.text += new
-        if not new or self.num_tokens <= self.min_tokens:
+        if not new or self.num_tokens <= self.params.min_tokens:
             return None
         found = []
-        for order, stop in enumerate(self.stop):
+        for order, stop in enumerate(self.params.stop):
             if (at := self.text.find(stop, max(0, old - len(stop) + 1))) >= 0:
                 found.append((at, order))
         if not found:
             return None
         at, order = min(found)
-        stop = self.stop[order]
-        self.text = self.text[: at + len(stop) if self.include_stop else at]
+        stop = self.params.stop[order]
+        self.text = self.text[: at + len(stop) if self.params.include_stop_str_in_output else at]
         return stop
 
     def _new_text(self, token: int) -> str:
         self.tokens.append(token)
-        before = _decode(self.tokenizer, self.tokens[: self.shown], self.skip_special_tokens)
-        whole = _decode(self.tokenizer, self.tokens, self.skip_special_tokens)
+        before = _decode(self.tokenizer, self.tokens[: self.shown], self.params.skip_special_tokens)
+        whole = _decode(self.tokenizer, self.tokens, self.params.skip_special_tokens)
         if whole.endswith(UNFINISHED) or len(whole) <= len(before):
             return ""
         del self.tokens[: self.shown]

@@ -28,7 +28,7 @@ def reference(config: Config, topology: Topology, stop: Stop) -> None:
     arch = read_model(config)
     shape = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision, **config.model.overrides)
     model = AutoModelForCausalLM.from_config(shape, dtype=arch.dtype).eval()
-    rows = list(prompts(config.workload, config.workload.num_prompts, arch.vocab_size))
+    rows = list(prompts(config.workload, arch.vocab_size))
     size = config.scheduler.max_num_seqs
     _generate(model, [(prompt[:8], 2) for prompt, _ in rows[:size]])
     started = perf_counter()

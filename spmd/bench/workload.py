@@ -12,10 +12,10 @@ from spmd.config import WorkloadConfig
 from spmd.schedule.request import Request, SamplingParams
 
 
-def prompts(workload: WorkloadConfig, num_prompts: int, vocab_size: int) -> Iterator[tuple[list[int], int]]:
+def prompts(workload: WorkloadConfig, vocab_size: int) -> Iterator[tuple[list[int], int]]:
     """Token ids and output length of each prompt."""
     rng = random.Random(workload.seed)
-    for _ in range(num_prompts):
+    for _ in range(workload.num_prompts):
         length, output = rng.randint(*workload.input_len), _output(workload, rng)
         yield [rng.randrange(vocab_size) for _ in range(length)], output
 
@@ -30,7 +30,7 @@ def _output(workload: WorkloadConfig, rng: random.Random) -> int:
 
 def lengths(workload: WorkloadConfig, vocab_size: int) -> list[tuple[int, int]]:
     """Tokens of prompt and output, row by row, of the whole workload."""
-    return [(len(prompt), output) for prompt, output in prompts(workload, workload.num_prompts, vocab_size)]
+    return [(len(prompt), output) for prompt, output in prompts(workload, vocab_size)]
 
 
 class Workload:
@@ -49,7 +49,7 @@ class Workload:
                 f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {needed} tokens, "
                 f"a request can have {longest} (model.max_model_len, scheduler.num_blocks)"
             )
-        self._prompts = iter(list(prompts(w, w.num_prompts, vocab_size)))  # drawing them is not what is measured
+        self._prompts = iter(list(prompts(w, vocab_size)))  # drawing them is not what is measured
         self._numbers = count()
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:

@@ -20,10 +20,9 @@ import torch.distributed as dist
 
 from spmd.messages import first_line
 from spmd.schedule.digests import Diverged
-from spmd.signals import report
+from spmd.signals import FAILED, USAGE, report
 from spmd.topology import Topology
 
-FAILED, USAGE = 1, 2  # exit statuses: something broke; something the user can mend
 log = logging.getLogger("spmd")
 
 

@@ -31,11 +31,11 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from spmd.config import GuardConfig
-from spmd.guard.ending import FAILED, End, Place, end_rank, is_symptom, own_failure, this_place
+from spmd.guard.ending import End, Place, end_rank, is_symptom, own_failure, this_place
 from spmd.guard.recorder import NONE, Recorder, StallDetector, Trace, traced
 from spmd.guard.verdict import RankStatus, judge
 from spmd.messages import first_line
-from spmd.signals import Stop
+from spmd.signals import FAILED, Stop
 from spmd.topology import Topology
 
 BEAT = 1.0  # seconds between signs of life, at most

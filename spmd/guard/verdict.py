@@ -52,9 +52,9 @@ def judge(
         )
         return Verdict("; ".join(silences) + ": killed, out of memory, stopped, or its host is gone", ranks)
     working = [status for status in statuses if not status.done]
-    if working and min(status.stalled for status in working) > stall:
+    since = min((status.stalled for status in working), default=0.0)
+    if since > stall:
         ticks = ", ".join(f"{status.rank}: {status.tick}" for status in working)
-        since = min(status.stalled for status in working)
         return Verdict(f"no rank has moved for {since:.0f} s, nor do their plans differ; last ticks by rank: {ticks}")
     return None
 

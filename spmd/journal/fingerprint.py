@@ -14,7 +14,6 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from spmd.integers import digest64
 from spmd.messages import first_line
 
 SAMPLE_BYTES = 64 * 2**10
@@ -45,7 +44,7 @@ def fingerprint(
     text = _folder(tokenizer, revision, DOWNLOADED) if tokenizer else folder
     files = [folder / name for name in CONFIGS if (folder / name).is_file()]
     files += [file for file in sorted(text.iterdir()) if file.name.startswith(TEXT) and file.is_file()]
-    digests = {file.name: _digest(file.read_bytes()) for file in files}
+    digests = {file.name: blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in files}
     return digests | ({"weights": _weights(folder)} if weights else {})
 
 
@@ -90,7 +89,3 @@ def _chosen(header: bytes) -> list[tuple[int, int]]:
     except (ValueError, AttributeError, TypeError, KeyError):
         return []
     return sorted({end(spans) for spans in kinds.values() for end in (min, max)})
-
-
-def _digest(content: bytes) -> str:
-    return digest64(content).to_bytes(8, "little").hex()

@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         return found
 
     def pack(self, rows: int) -> None:
-        """Reorder loaded weights for forwards of about `rows` rows, where that is faster (CPU, bf16)."""
+        """Of all that it holds, see `Weights.pack`."""
         for module in self.modules():
             if isinstance(module, Weights):
                 module.pack(rows)

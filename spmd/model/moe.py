@@ -46,9 +46,9 @@ class Experts(Weights):
         self.tp = tp if ep.size == 1 else TensorParallel()
         self.num_experts = arch.num_experts
         self.owned = ep.owned(arch.num_experts)
-        self.inner = arch.moe_intermediate_size // self.tp.size
-        self.gate_up_proj = arch.weight_format(arch.dtype, len(self.owned), 2 * self.inner, arch.hidden_size)
-        self.down_proj = arch.weight_format(arch.dtype, len(self.owned), arch.hidden_size, self.inner)
+        inner = arch.moe_intermediate_size // self.tp.size
+        self.gate_up_proj = arch.weight_format(arch.dtype, len(self.owned), 2 * inner, arch.hidden_size)
+        self.down_proj = arch.weight_format(arch.dtype, len(self.owned), arch.hidden_size, inner)
 
     def pieces(self, own: str) -> Iterator[Piece]:
         """One tensor an expert and projection, as checkpoints have it."""

@@ -34,11 +34,9 @@ class PacketQueue:
         self._kept: deque[Packet] = deque()
 
     def post(self, packet: Packet) -> None:
-        """Keep a packet."""
         self._kept.append(packet)
 
     def receive(self) -> Packet:
-        """The oldest packet not received yet."""
         return self._kept.popleft()
 
 

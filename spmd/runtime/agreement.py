@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,11 +113,10 @@ def difference(everyone: Sequence[tuple[str, Mapping[str, str]]]) -> str:
         if ERROR in facts:
             return f"{_where([rank], hosts)}: {facts[ERROR]}"
     names = dict.fromkeys(name for _, facts in everyone for name in facts)
-    differing = (told for name in names if (told := _told(name, [facts.get(name) for _, facts in everyone], hosts)))
-    first = list(islice(differing, TOLD))
-    more = len(list(differing))
-    listed = "; ".join(first) + (f"; and {more} more" if more else "")
-    return f"ranks disagree: {listed}; start all ranks with the same command and the same files"
+    differing = [told for name in names if (told := _told(name, [facts.get(name) for _, facts in everyone], hosts))]
+    if (more := len(differing) - TOLD) > 0:
+        differing[TOLD:] = [f"and {more} more"]
+    return f"ranks disagree: {'; '.join(differing)}; start all ranks with the same command and the same files"
 
 
 def _told(name: str, values: Sequence[str | None], hosts: Sequence[str]) -> str | None:

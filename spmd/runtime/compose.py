@@ -16,7 +16,6 @@ from spmd.config import Config
 
 HOME = Path(__file__).parents[2]  # of a checkout, or the folder that a wheel was installed into
 CONF = next(folder for folder in (HOME / "spmd" / "conf", HOME / "conf") if folder.is_dir())
-USAGE = 2  # exit status of an error the user can mend
 PATIENCE = 20.0  # seconds rank 0 gets to tell an error before another rank does
 GRAMMAR = "advanced/override_grammar"  # Hydra refers to it when it can't parse an override
 QUOTING = "a value that holds = , ( ) or ~ needs quotes inside those of the shell: 'key=\"a=b\"'"

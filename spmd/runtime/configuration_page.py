@@ -5,11 +5,11 @@ python -m spmd.runtime.configuration_page > docs/configuration.md
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from spmd.config import Config
+from spmd.config import Config, sections
 
 WIDTH = 118
 HEAD = """# Configuration
@@ -29,13 +29,11 @@ def page() -> str:
 def _lines() -> Iterator[str]:
     yield HEAD
     yield from _section("Input, output and the run", None, [member for member in fields(Config) if member.metadata])
-    for member in fields(Config):
-        section = member.default_factory if not member.metadata else None
-        if isinstance(section, type):
-            yield from _section(f"`{member.name}`", section.__doc__, list(fields(section)), f"{member.name}.")
+    for name, section in sections().items():
+        yield from _section(f"`{name}`", section.__doc__, fields(section), f"{name}.")
 
 
-def _section(title: str, about: str | None, members: list[Field[Any]], prefix: str = "") -> Iterator[str]:
+def _section(title: str, about: str | None, members: Iterable[Field[Any]], prefix: str = "") -> Iterator[str]:
     yield f"## {title}\n"
     if about:
         yield textwrap.fill(about, WIDTH) + "\n"

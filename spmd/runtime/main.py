@@ -18,9 +18,9 @@ from spmd.guard.ending import is_symptom
 from spmd.messages import first_line
 from spmd.parallel.groups import disconnect, join
 from spmd.runtime.agreement import ERROR, agree, facts
-from spmd.runtime.compose import USAGE, compose, tell
+from spmd.runtime.compose import compose, tell
 from spmd.runtime.slurm import adopt_slurm
-from spmd.signals import STOPPED, Stop, listening, report
+from spmd.signals import FAILED, STOPPED, USAGE, Stop, listening, report
 from spmd.topology import Topology
 
 log = logging.getLogger("spmd")
@@ -66,7 +66,7 @@ def _work(work: Callable[[Config, Topology, Stop], None], rank: int, stop: Stop)
             time.sleep(AFTER_ANOTHER)
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # the interpreter's own end would wait for collectives that the other ranks can't finish
+        os._exit(FAILED)  # the interpreter's own end would wait for collectives that the other ranks can't finish
 
 
 def _agreed_config(rank: int) -> Config:
@@ -91,6 +91,6 @@ def _agreed_config(rank: int) -> Config:
         except dist.DistError as error:  # no mistake: another attempt has another port, or all nodes
             at = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
             sys.stderr.write(f"error: rank {rank} can't meet the others at {at}: {first_line(error)}\n")
-            sys.exit(1)
+            sys.exit(FAILED)
         agree(found)
     return config

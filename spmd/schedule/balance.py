@@ -165,17 +165,17 @@ class Gate:
 
 
 class Balance:
-    """One replica's part in the balance of several; equal on all its ranks."""
+    """One replica's part in the balance of several; equal on all its ranks. See `spmd.engine.Replicas`."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.deal = Demand(rules) if rules.share == "dynamic" else Turns(rules)
         self.gate = Gate(rules)
-        self.loads: Sequence[Load] = ()  # of all replicas, the latest known; empty: none yet
-        self.over = False  # no replica has or gets any more work, or all stop; true at the same tick everywhere
-        self.stopped = 0  # who asked the run to stop; known at the same tick everywhere
-        self.mixed_ticks = 0  # one replica ran prompts while another only decoded
-        self.tokens = 0  # output tokens of all replicas
+        self.loads: Sequence[Load] = ()
+        self.over = False  # no replica has or gets any more work, or all stop
+        self.stopped = 0
+        self.mixed_ticks = 0
+        self.tokens = 0
 
     def see(self, loads: Sequence[Load] | None) -> None:
         """A tick begins, with what all replicas reported `1 + lag` ticks ago; None: that was before the first tick.
@@ -200,16 +200,13 @@ class Balance:
             raise Diverged(f"replicas have gone through different numbers of rows at the same tick: {passed}")
 
     def next_row(self, held: int) -> bool | None:
-        """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""
         return self.deal.next(held)
 
     def put_back(self) -> None:
-        """The row just spoken of isn't there yet."""
         self.deal.put_back()
 
     def admits(self, tick: int, running: int, waiting: int) -> bool:
-        """Whether waiting requests may be seated in this tick."""
-        return self.rules.gate == "off" or self.gate.open(self.loads, tick, running, waiting)
+        return self.gate.open(self.loads, tick, running, waiting)
 
 
 def _mixed(loads: Sequence[Load]) -> bool:

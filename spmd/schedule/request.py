@@ -76,7 +76,6 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # content hash of each full block of tokens[:scheduled]
     num_registered: int = 0  # its first blocks that others may share
-    cached: int = 0  # prompt tokens found in the prefix cache at the last admission
     retired: bool = False  # gets no more rows
     finished: bool = False  # its last token is committed; rows still in flight give it none
 
@@ -89,10 +88,6 @@ class Request:
     def output(self) -> Sequence[int]:
         """Committed output token ids."""
         return self.tokens[self.prompt_len :]
-
-    @property
-    def num_output(self) -> int:
-        return len(self.tokens) - self.prompt_len
 
     @property
     def num_known(self) -> int:

@@ -237,12 +237,12 @@ class Scheduler:
         request.blocks = shared + [self.pool.pop() for _ in range(needed)]
         request.seat = self._free_seats.pop()
         request.num_registered = len(shared)
-        request.scheduled = request.cached = len(shared) * self.pool.block_size
+        request.scheduled = len(shared) * self.pool.block_size
         plan.new_blocks.extend((request.seat, index, block) for index, block in enumerate(request.blocks))
         self.prefilling.append(request)
         if self.pool.caching:
             self.counters.queried_tokens += len(request.tokens)
-            self.counters.cached_tokens += request.cached
+            self.counters.cached_tokens += request.scheduled
         return request
 
     def _known_prefix(self, request: Request) -> list[int]:

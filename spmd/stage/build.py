@@ -2,7 +2,7 @@
 
 import torch
 
-from spmd.backend.choose import exchange_bytes, make_backend, share_exchange_memory
+from spmd.backend.choose import make_backend, share_exchange_memory
 from spmd.backend.kv_cache import KVCache
 from spmd.integers import ceil_div
 from spmd.model.checkpoint import load
@@ -42,12 +42,6 @@ def _expert_parallel(settings: Settings, topology: Topology, groups: Groups, dev
     peers = share_exchange_memory(backend, settings.arch, groups.experts, rows, device)
     place = topology.dp_rank * topology.tp + topology.tp_rank
     return ExpertParallel(place, topology.dp * topology.tp, groups.experts, peers)
-
-
-def exchanged_bytes(settings: Settings) -> int:
-    """Of a rank's memory for other replicas' rows, which kernels use on GPUs."""
-    t, rows = settings.topology, settings.scheduler.max_num_batched_tokens
-    return exchange_bytes(settings.model.attention_backend, settings.arch, t.dp if t.ep else 1, rows)
 
 
 def build_stage(

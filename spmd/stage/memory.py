@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from spmd.backend.choose import exchange_bytes
 from spmd.integers import ceil_div
 from spmd.messages import readable
 from spmd.model.architecture import check_topology
@@ -23,7 +24,6 @@ from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
 from spmd.settings import Settings
 from spmd.stage.activations import activation_bytes
-from spmd.stage.build import exchanged_bytes
 from spmd.topology import Topology
 
 CPU_CACHE_BYTES = 4 * 2**30  # KV cache of a rank without a GPU, as vLLM's CPU default
@@ -66,13 +66,15 @@ class Needs:
 
 def needs(settings: Settings) -> list[Needs]:
     """What each stage needs. Nothing is allocated."""
-    t, arch, found = settings.topology, settings.arch, []
+    t, s, arch, found = settings.topology, settings.scheduler, settings.arch, []
     ep = ExpertParallel(0, t.dp * t.tp) if t.ep else None
+    sharing = t.dp if t.ep else 1  # replicas
+    exchanged = exchange_bytes(settings.model.attention_backend, arch, sharing, s.max_num_batched_tokens)
     for stage, layers in enumerate(settings.stages):
         first, last = stage == 0, stage == t.pp - 1
         decoder = Decoder(arch, layers, first, last, TensorParallel(0, t.tp), ep, "meta")
-        weights = sum(parameter.nbytes for parameter in decoder.parameters()) + exchanged_bytes(settings)
-        block = block_bytes((arch.cache_spec(layer, t.tp) for layer in layers), settings.scheduler.block_size)
+        weights = sum(parameter.nbytes for parameter in decoder.parameters()) + exchanged
+        block = block_bytes((arch.cache_spec(layer, t.tp) for layer in layers), s.block_size)
         found.append(Needs(stage, layers, weights, block, activation_bytes(settings, last)))
     return found
 

@@ -38,12 +38,7 @@ class Stage:
         return 1 if self.inputs.device.type == "cuda" else 0
 
     def run(self, plan: Plan, shared_rows: int | None = None) -> Sampled | None:
-        """Run a plan; on the leader returns a token for each of `plan.sampled`, None if there are none.
-
-        Args:
-            shared_rows: where experts are spread over the replicas, the most rows that any of them has in this tick.
-                A replica with an empty plan then runs padding, unless all have. None: this replica runs by itself.
-        """
+        """See `spmd.engine.Stage`. Where replicas share a forward, an empty plan runs padding, unless all are empty."""
         if self.feedback:
             self.feedback.receive(plan)
         if not plan.requests and not shared_rows:
@@ -87,7 +82,6 @@ class Stage:
             self.channel.send(x)
 
     def drain(self) -> None:
-        """Wait until all that was sent has left."""
         if self.channel:
             self.channel.drain()
         if self.feedback:

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from spmd.api.tokenizer import StopChecker, load_generation_config, load_tokenizer, output_text
+from spmd.schedule.request import SamplingParams
 from tests.support.tiny_tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -19,9 +20,13 @@ def ids(text: str) -> list[int]:
     return tokens
 
 
+def checker_of(prompt: Sequence[int], *stop: str, **options: Any) -> StopChecker:
+    return StopChecker(TOKENIZER, prompt, SamplingParams(stop=stop, **options))
+
+
 def run(text: str, stop: Sequence[str], prompt: str = "hello", **options: Any) -> tuple[str | None, int, str]:
     """Push the tokens of `text`: the stop string, tokens needed, and text."""
-    checker = StopChecker(TOKENIZER, ids(prompt), stop, **options)
+    checker = checker_of(ids(prompt), *stop, **options)
     for token in ids(text):
         if found := checker.push(token):
             return found, checker.num_tokens, checker.text
@@ -77,7 +82,7 @@ def test_output_text_where_the_prompt_ends_within_a_character() -> None:
 def test_stop_string_over_several_tokens() -> None:
     assert run("hello world", ["o w"]) == ("o w", 2, "hell")
     assert run("abcdef", ["cde"]) == ("cde", 5, "ab")
-    assert run("abcdef", ["cde"], include_stop=True) == ("cde", 5, "abcde")
+    assert run("abcdef", ["cde"], include_stop_str_in_output=True) == ("cde", 5, "abcde")
     assert run("abcdef", ["xyz"]) == (None, 6, "abcdef")
 
 
@@ -103,9 +108,9 @@ def test_min_tokens_holds_stop_strings_back() -> None:
 
 
 def test_special_tokens_within_a_stop_string() -> None:
-    checker = StopChecker(TOKENIZER, [], ["ab"])
+    checker = checker_of([], "ab")
     assert [checker.push(token) for token in (*ids("a"), TOKENIZER.eos_token_id, *ids("b"))] == [None, None, "ab"]
-    checker = StopChecker(TOKENIZER, [], ["<eos>"], skip_special_tokens=False)
+    checker = checker_of([], "<eos>", skip_special_tokens=False)
     assert [checker.push(token) for token in (*ids("a"), TOKENIZER.eos_token_id)] == [None, "<eos>"]
 
 
@@ -114,7 +119,7 @@ def test_growing_text_equals_the_text_decoded_at_once() -> None:
     for _ in range(50):
         prompt, output = ([chance.randrange(len(TOKENIZER)) for _ in range(length)] for length in (9, 60))
         prompt, output = prompt + ids("."), output + ids(".")  # both end with a whole character
-        checker = StopChecker(TOKENIZER, prompt, ["never to be found"])
+        checker = checker_of(prompt, "never to be found")
         assert all(checker.push(token) is None for token in output)
         assert checker.text == output_text(TOKENIZER, prompt, output, True)
 

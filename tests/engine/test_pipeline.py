@@ -162,7 +162,7 @@ def drive_poor(rank: int, config: Config, rooms: list[int]) -> Report:
 
 @pytest.mark.parametrize("poor", [0, 1, 2])
 def test_the_poorest_rank_decides_the_number_of_blocks(ranks: Ranks, qwen3: Task, tmp_path: Path, poor: int) -> None:
-    stages = [len(stage) for stage in split_layers(7, 3)]
+    stages = split_layers(7, 3)
     rooms = [40 * BYTES_PER_LAYER * stage for stage in stages]
     rooms[poor] = 25 * BYTES_PER_LAYER * stages[poor] + 1
     config = configure(qwen3.model, qwen3.input, str(tmp_path), (1, 3, 1), stages)

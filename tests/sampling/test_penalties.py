@@ -40,7 +40,7 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
             best = penalised(row, each)
             assert best[token] == pytest.approx(max(best), abs=1e-5)
             each.tokens.append(token)
-            if each.num_output == 12:
+            if len(each.output) == 12:
                 each.finished = True
     assert len(sampler.counts.table) <= 64
 

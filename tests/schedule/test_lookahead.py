@@ -42,9 +42,9 @@ def test_positions_count_rows_that_are_not_committed(async_depth: int, lookahead
 def test_ghost_rows_yield_no_token(pp: int, lookahead: int) -> None:
     requests = [make_request(i, 3, 40, stop=STOPS) for i in range(40)]
     simulation = run_all(make_scheduler(6, pp, lookahead=lookahead), requests)
-    stopped = sum(request.num_output < 40 for request in requests)
+    stopped = sum(len(request.output) < 40 for request in requests)
     assert 0 < simulation.ghosts <= stopped * -(-lookahead // pp)
-    tokens = sum(request.num_output for request in requests)
+    tokens = sum(len(request.output) for request in requests)
     assert sum(len(plan.sampled) for plan in simulation.plans) == tokens + simulation.ghosts
 
 
@@ -115,10 +115,10 @@ def test_a_block_can_be_shared_once_its_tokens_are_committed(lookahead: int) -> 
     simulation = Simulation(scheduler).add([first])
     for _ in range(12):
         simulation.tick()
-        known = min(first.num_output + 2, first.scheduled) // 4
+        known = min(len(first.output) + 2, first.scheduled) // 4
         assert scheduler.pool.find(first.hashes) == first.blocks[:known]
     assert first.scheduled - len(first.tokens) == lookahead
     again = make_request(1, [*first.tokens, 1], 3)
     simulation.add([again]).run()
-    assert again.cached == (again.prompt_len - 1) // 4 * 4 >= 8
+    assert scheduler.counters.cached_tokens == (again.prompt_len - 1) // 4 * 4 >= 8
     assert list(again.output) == expected_output(again)

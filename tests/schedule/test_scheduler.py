@@ -111,7 +111,7 @@ def test_full_prefix_hit_computes_the_last_token_alone(exclusive: bool) -> None:
     again = make_request(1, prompt, 3)
     simulation.add([again])
     plan = simulation.tick()
-    assert (plan.num_prompt_tokens, plan.starts, again.cached) == (1, [8], 8)
+    assert (plan.num_prompt_tokens, plan.starts, scheduler.counters.cached_tokens) == (1, [8], 8)
     assert plan.sampled == [again]
 
 
@@ -262,6 +262,6 @@ def test_without_admission_seated_prompts_and_decodes_go_on(exclusive: bool, pre
     gated.closed = True
     for _ in range(1, 9):
         assert simulation.tick().requests == [seated]
-    assert simulation.scheduler.waiting == [late] and seated.num_output > 0
+    assert simulation.scheduler.waiting == [late] and len(seated.output) > 0
     gated.closed = False
     assert sorted(request.index for request in simulation.run()) == [0, 1]

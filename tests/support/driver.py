@@ -90,7 +90,7 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = (), stop: Stop
     """
     t = config.topology
     topology = Topology(t.dp, t.pp, t.tp, rank)
-    worker = start(settle(config), topology, stop)
+    worker = start(settle(config), topology, stop or Stop())
     if not config.guard.enabled:  # its last words are in the log
         logging.getLogger("spmd").handlers.clear()
     settings, vocab_size = worker.settings, worker.settings.arch.vocab_size

@@ -165,7 +165,7 @@ def sampled(model: PreTrainedModel, row: dict[str, Any]) -> Answer:
     assert isinstance(job, Job)
     sampler = Sampler(VOCAB, "cpu")
     for request in job.requests:
-        while request.num_output < row["max_tokens"] and EOS not in request.output:
+        while len(request.output) < row["max_tokens"] and EOS not in request.output:
             logits: Tensor = model(torch.tensor([request.tokens])).logits[:, -1]
             request.tokens += sampler.sample(logits, [request], [len(request.tokens)]).token_ids.tolist()
     return [ended(list(request.output), row, parser.tokenizer) for request in job.requests]
