@@ -8,12 +8,12 @@ GPU waits for all of this.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,9 @@ from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import Job
 from spmd.api.source import Listed
 from spmd.engine import Engine
-from spmd.leader import Judged, Leader
+from spmd.leader import Judged, Leader, Packets
 from spmd.parallel.feedback import TokenFeedback
-from spmd.parallel.packet import PacketQueue, PacketWire
+from spmd.parallel.packet import Packet, PacketQueue, PacketWire
 from spmd.parallel.replicas import Alone
 from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import Sampled, plain_greedy
@@ -41,6 +41,7 @@ from spmd.topology import Topology
 BLOCK_SIZE = 16
 TICKS = 400
 CPU = torch.device("cpu")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -53,21 +54,59 @@ class Laps:
     def begin(self) -> None:
         self.ticks.append({})
 
-    def timed(self, part: str, do: Callable[..., R]) -> Callable[..., R]:
+    def timed(self, part: str, do: Callable[P, R]) -> Callable[P, R]:
         """`do`, whose time counts for a part of the tick that goes on."""
 
-        def call(*args: Any) -> R:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
             started = perf_counter()
-            result = do(*args)
+            result = do(*args, **kwargs)
             self.ticks[-1][part] = self.ticks[-1].get(part, 0.0) + perf_counter() - started
             return result
 
         return call
 
-    def time(self, owner: object, **parts: str) -> None:
-        """Let the time of an object's methods count, each for a part."""
-        for method, part in parts.items():
-            setattr(owner, method, self.timed(part, getattr(owner, method)))
+
+class TimedScheduler(Scheduler):
+    def __init__(self, limits: Limits, pool: BlockPool, laps: Laps) -> None:
+        super().__init__(limits, pool)
+        self._schedule = laps.timed("schedule", super().schedule)
+        self._commit = laps.timed("commit", super().commit)
+
+    def schedule(self, tick: int, admit: bool = True) -> Plan:
+        return self._schedule(tick, admit)
+
+    def commit(self, plan: Plan, tokens: Sequence[int], finished: Sequence[bool]) -> list[Request]:
+        return self._commit(plan, tokens, finished)
+
+
+class TimedLeader(Leader):
+    def __init__(self, laps: Laps) -> None:
+        super().__init__(None, "bench", Metrics())
+        self._judge = laps.timed("judge", super().judge)
+
+    def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
+        return self._judge(plan, sampled)
+
+
+class TimedReplicas(Alone):
+    def __init__(self, rules: Rules, laps: Laps) -> None:
+        super().__init__(rules)
+        self._next_row = laps.timed("feed", super().next_row)
+
+    def next_row(self, held: int) -> bool | None:
+        return self._next_row(held)
+
+
+class TimedPackets:
+    def __init__(self, packets: Packets, laps: Laps) -> None:
+        self._post = laps.timed("post", packets.post)
+        self._receive = laps.timed("receive", packets.receive)
+
+    def post(self, packet: Packet) -> None:
+        self._post(packet)
+
+    def receive(self) -> Packet:
+        return self._receive()
 
 
 class Rehearsal:
@@ -125,18 +164,13 @@ def build(
     longest = tokens + TICKS + 64
     width = longest // BLOCK_SIZE + 1
     limits = Limits(running, running * tokens, running // pp, slots=pp, lookahead=lookahead)
-    scheduler = Scheduler(limits, BlockPool(running * width + 1, BLOCK_SIZE, caching=True))
+    scheduler = TimedScheduler(limits, BlockPool(running * width + 1, BLOCK_SIZE, caching=True), laps)
     inputs = InputBuilder(running, width, running * longest, BLOCK_SIZE, CPU)
     feedback = TokenFeedback(Topology(), None, running, pp, CPU) if lookahead else None
-    packets = PacketWire(group, 0, running) if pp > 1 else PacketQueue()
-    replicas, leader = Alone(Rules(running)), Leader(None, "bench", Metrics())
-    laps.time(packets, receive="receive", post="post")
-    laps.time(scheduler, commit="commit", schedule="schedule")
-    laps.time(replicas, next_row="feed")
-    laps.time(leader, judge="judge")
+    packets = TimedPackets(PacketWire(group, 0, running) if pp > 1 else PacketQueue(), laps)
     stage, source = Rehearsal(inputs, feedback, laps), Listed(jobs(running, tokens, longest))
-    results = Judged(leader, packets, Stop(), lag=1 if feedback else 0)
-    return Engine(scheduler, stage, source, replicas, results, Undigested()), stage
+    results = Judged(TimedLeader(laps), packets, Stop(), lag=1 if feedback else 0)
+    return Engine(scheduler, stage, source, TimedReplicas(Rules(running), laps), results, Undigested()), stage
 
 
 def measure(running: int, tokens: int, pp: int, lookahead: int) -> dict[str, list[float]]:
