@@ -7,8 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from spmd.api.reader import Reader, check_input, count_lines, input_digest
-from spmd.api.rows import RowParser
 from spmd.config import Config
+from spmd.intake.feeder import Intake
 from spmd.journal.fingerprint import fingerprint
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
@@ -69,10 +69,29 @@ class Files:
         found = {"the digest of the input": input_digest(self.input, task.size)}
         return found | {name: str(value) for name, value in _identity(self.settings).items()}
 
-    def reader(self, task: Task, parser: RowParser | None = None) -> Reader:
-        """The input from its first row on; without a parser none of its rows can be had."""
-        identity = json.dumps(task.header["identity"], sort_keys=True)
-        return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.settings.shard)
+    def reader(self, task: Task) -> Reader:
+        """The input from its first row on, to go through it without having rows."""
+        return Reader(self.input, None, KeyTable(task.done), _salt(task), task.size, self.settings.shard)
+
+    def intake(self, task: Task, settings: Settings) -> Intake:
+        """What a feeder is to read. The settings know how many KV blocks there are."""
+        m, shard = settings.model, settings.shard
+        return Intake(
+            input=self.input,
+            done=task.done,
+            identity=_salt(task),
+            size=task.size,
+            shard=shard,
+            tokenizer=m.tokenizer,
+            model=m.path,
+            revision=m.revision,
+            now=task.now,
+            sampling=settings.sampling,
+            max_model_len=m.max_model_len,
+            capacity=settings.capacity,
+            vocab_size=settings.arch.vocab_size,
+            builders=settings.input_workers or _builders(),
+        )
 
     def complete(self, task: Task) -> Reader | None:
         """A reader that has met all rows, if none of them is left to answer. On rank 0."""
@@ -99,6 +118,17 @@ class Files:
             self.part.__exit__(*error)
         if self.journal:
             self.journal.close()
+
+
+def _salt(task: Task) -> str:
+    """What goes into the key of every row."""
+    return json.dumps(task.header["identity"], sort_keys=True)
+
+
+def _builders() -> int:
+    """Half of the cores that the ranks of this node leave."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, (len(os.sched_getaffinity(0)) - ranks) // 2))
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
