@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from spmd.api.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, load
-from spmd.api.source import SKIPPED, Skipped
+from spmd.api.source import SKIPPED, Skipped, num_requests, skipped
 from spmd.integers import digest64
 from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
@@ -70,12 +70,13 @@ class Reader:
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
         """Go on to the next row that is to be answered; build it if it is one's `own`. None: the end."""
         found = next(self._to_do, None)
-        if found is None or not own:
-            return found and SKIPPED
-        if isinstance(found.row, Row):
-            assert self.parser is not None
-            return replace(self.parser.build(found.row), key=found.key)
-        return replace(found.row, key=found.key)
+        if found is None:
+            return None
+        if self.parser is None:
+            assert not own
+            return SKIPPED
+        row = replace(self.parser.build(found.row) if isinstance(found.row, Row) else found.row, key=found.key)
+        return row if own else skipped(num_requests(row))
 
     def read(self) -> Iterator[Found]:
         """All rows of the shard, those done before among them."""

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, Job, RowParser, load
+from spmd.api.source import num_requests
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import SamplingConfig
 from spmd.intake.folder import AHEAD, NAP, Batch, Folder
@@ -156,7 +157,8 @@ def blocks(reader: Reader) -> Iterator[Block]:
 
 def build(block: Block, parser: RowParser) -> Batch:
     """The rows of a block, whatever its lines hold."""
-    rows = [pack(_build(line, parser)) for line in block.lines]
+    built = [_build(line, parser) for line in block.lines]
+    rows = [(num_requests(row), pack(row)) for row in built]
     return Batch(rows, block.met, block.num_rows, block.consumed, block.last)
 
 

@@ -30,7 +30,7 @@ LOCK, TAKEN, FAILED = "feeder", "taken", "failed"
 class Batch(NamedTuple):
     """Some rows of the input, one behind the other. Which ones is a function of the input alone."""
 
-    rows: list[bytes]  # those to answer: a Job or a BadRow each, see `packed`
+    rows: list[tuple[int, bytes]]  # those to answer: how many requests each has, and its packed form
     met: list[tuple[int, int]]  # rows done before: the place of each in the table of keys, and its number
     num_rows: int  # of the input gone through by the end of this batch
     consumed: int  # bytes of the input likewise

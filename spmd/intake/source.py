@@ -5,7 +5,7 @@ from time import perf_counter
 
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, Job
-from spmd.api.source import NOT_YET, SKIPPED, NotYet, Skipped
+from spmd.api.source import NOT_YET, NotYet, Skipped, skipped
 from spmd.intake.folder import Folder
 from spmd.intake.packed import unpack
 
@@ -25,7 +25,7 @@ class PreparedRows:
         self.size, self.shards, self.done = reader.size, reader.shards, reader.done
         self.rows = self.consumed = 0  # of the input so far, of all replicas and shards; bytes
         self.waited = 0.0  # seconds
-        self._batch: list[bytes] = []
+        self._batch: list[tuple[int, bytes]] = []
         self._next = 0
         self._last = False
 
@@ -37,9 +37,9 @@ class PreparedRows:
             self._receive()
             if not self._batch:
                 return None if self._last else NOT_YET
-        row = self._batch[self._next]
+        requests, packed = self._batch[self._next]
         self._next += 1
-        return unpack(row) if own else SKIPPED
+        return unpack(packed) if own else skipped(requests)
 
     def _receive(self) -> None:
         started = perf_counter()
