@@ -238,6 +238,10 @@ class Config:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     input: str | None = key(None, "The file of rows, one JSON object a line.")
     output: str | None = key(None, "The file of answers.")
+    input_workers: int | None = key(
+        None, "Processes a node that tokenize rows ahead. null: half of the cores that its ranks leave, 1 to 16.",
+        least=1,
+    )  # fmt: skip
     output_order: str = key(
         "input", "How answers stand at the end: in input order, or as they finished.", choices=("input", "completion")
     )

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Protocol
 
 from spmd.api.rows import BadRow, Job
-from spmd.api.source import NotYet, Skipped, Source
+from spmd.api.source import NotYet, Skipped, Source, num_requests
 from spmd.parallel.packet import Packet
 from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import Sampled
@@ -56,8 +56,8 @@ class Replicas(Protocol):
     def next_row(self, held: int) -> bool | None:
         """Whether the next row is this replica's, which has `held` requests; None: leave it for a later tick."""
 
-    def put_back(self) -> None:
-        """The row that `next_row` just spoke of isn't there yet."""
+    def took(self, requests: int) -> None:
+        """The row that `next_row` just spoke of has so many requests, if not one; 0: it isn't there yet."""
 
     def admits(self, tick: int, running: int, waiting: int) -> bool:
         """Whether waiting requests may be seated in this tick."""
@@ -198,14 +198,19 @@ class Engine:
         self.results.finish(self.scheduler.commit(plan, packet.tokens, packet.finished))
 
     def _feed(self) -> None:
-        """Go on in the list as far as replicas need rows and it has any, and take those that are this one's."""
-        while not self.exhausted and (own := self.replicas.next_row(self.scheduler.num_requests)) is not None:
+        """Go on in the list as far as replicas need rows and it has any, and take those that are this one's.
+
+        A row that can't be answered counts in its tick as one that can: reading it took time.
+        """
+        bad = 0
+        while not self.exhausted and (own := self.replicas.next_row(self.scheduler.num_requests + bad)) is not None:
             row = self.source.next_row(own)
-            if isinstance(row, NotYet):
-                self.replicas.put_back()
-                break
             if row is None:
                 self.exhausted = True
+                break
+            if (requests := num_requests(row)) != 1:
+                self.replicas.took(requests)
+            if isinstance(row, NotYet):
                 break
             self.passed += 1
             if isinstance(row, Skipped):
@@ -214,6 +219,8 @@ class Engine:
             if isinstance(row, Job):
                 for request in row.requests:
                     self.scheduler.add(request)
+            else:
+                bad += 1
             self.results.open(row)
 
     def _load(self, plan: Plan) -> Load:

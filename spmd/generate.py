@@ -4,26 +4,32 @@ torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.pat
 """
 
 from time import monotonic, perf_counter
+from typing import Any
 
-from spmd.api.reader import Reader
-from spmd.api.rows import RowParser
+from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
+from spmd.intake.feeder import Feeder
+from spmd.intake.source import PreparedRows
+from spmd.journal.key_table import KeyTable
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.run_files import RunFiles, check_paths, row_parser
-from spmd.runtime.agreement import agree, from_rank_0, together
+from spmd.run_files import RunFiles, Snapshot, check_paths
+from spmd.runtime.agreement import agree, from_each, from_rank_0, on_each_host, together
 from spmd.runtime.main import main
 from spmd.signals import Stop, name
 from spmd.topology import Topology
 from spmd.worker import Worker, settle, start
 
 
-def generate(config: Config, topology: Topology, stop: Stop) -> None:
+def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder) -> None:
     """Answer every row of `config.input`, or of one shard of it.
+
+    Args:
+        feeder: reads the rows, if this rank is the first of its host.
 
     Raises:
         ValueError: what the user can mend.
@@ -36,48 +42,48 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
         complete = together(topology, lambda: files.complete(snapshot) if topology.rank == 0 else None)
         if from_rank_0(topology, complete is not None):
             if complete:
-                _finish(files, complete)
+                _finish(files, complete.done)
             return
         agree(together(topology, lambda: files.facts(snapshot)))
         worker = start(settings, topology, stop)
-        parser = together(topology, lambda: row_parser(worker.settings, worker.settings.capacity, snapshot.now))
-        reader = files.reader(snapshot, parser)
+        rows = _rows(worker, files, snapshot, feeder)
+        tokenizer = together(topology, lambda: _tokenizer(worker))
         together(topology, lambda: files.open_part(snapshot))
         worker.phases.end("tokenizer")
-        metrics = _answer(worker, reader, parser, files)
+        metrics = _answer(worker, rows, tokenizer, files)
         if metrics and stop.stopped:
             print(
                 f"stopped by {name(stop.stopped)} with {metrics.rows_ok + metrics.rows_failed:,} rows done; "
                 f"start again with output={config.output} to go on"
             )
         elif metrics:
-            _finish(files, reader, metrics)
+            _finish(files, rows.done, metrics)
 
 
-def _answer(worker: Worker, reader: Reader, parser: RowParser, files: RunFiles) -> Metrics | None:
-    """Answer the reader's rows; on rank 0 returns the figures of all ranks."""
+def _answer(worker: Worker, rows: PreparedRows, tokenizer: Any, files: RunFiles) -> Metrics | None:
+    """Answer the rows; on rank 0 returns the figures of all ranks."""
     settings, part, journal = worker.settings, files.part, files.journal
-    leader = Leader(parser.tokenizer, settings.model.path, Metrics(), part.write) if part else None
+    leader = Leader(tokenizer, settings.model.path, Metrics(), part.write) if part else None
     progress = Progress(perf_counter(), settings.progress) if journal else None
-    watches: list[Watch] = [_show(progress, reader)] if progress else []
+    watches: list[Watch] = [_show(progress, rows)] if progress else []
     if journal:
         watches.append(lambda _: journal.watch(monotonic()))
     with profiled(settings.profile, worker.run_dir, worker.topology.rank) as profiler:
-        metrics = worker.run(reader, leader, all_of(*watches, profiler), files.close_part)
+        metrics = worker.run(rows, leader, all_of(*watches, profiler), files.close_part)
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
     return metrics
 
 
-def _finish(files: RunFiles, reader: Reader, metrics: Metrics | None = None) -> None:
+def _finish(files: RunFiles, met: KeyTable, metrics: Metrics | None = None) -> None:
     """Put the output together and tell of it, on rank 0; without metrics no rank had anything to do."""
     assert files.journal
     parts, done = (files.topology.dp, metrics.rows_ok + metrics.rows_failed) if metrics else (0, 0)
-    unused = files.journal.finish(parts, reader.done, done, files.settings.output_order == "completion")
-    earlier = f"{reader.done.num_set:,}"
+    unused = files.journal.finish(parts, met, done, files.settings.output_order == "completion")
+    earlier = f"{met.num_set:,}"
     if metrics:
         print(table(metrics))
-        if reader.done.num_set:
+        if met.num_set:
             print(f"resumed: {earlier} more rows were done by earlier runs")
     else:
         print(f"nothing to do: all {earlier} rows were done by earlier runs")
@@ -88,7 +94,24 @@ def _finish(files: RunFiles, reader: Reader, metrics: Metrics | None = None) -> 
         print(f"figures: {write_json(metrics, files.output)}")
 
 
-def _show(progress: Progress, reader: Reader) -> Watch:
+def _rows(worker: Worker, files: RunFiles, snapshot: Snapshot, feeder: Feeder) -> PreparedRows:
+    """The rows that this host's first rank has the feeder make for all of its ranks."""
+    topology = worker.topology
+    firsts = on_each_host(topology)
+    first, ranks = firsts[topology.rank], [rank for rank, its in enumerate(firsts) if its == firsts[topology.rank]]
+    path = feeder.start(files.intake(snapshot, worker.settings), len(ranks)) if topology.rank == first else None
+    place = from_each(topology, path)[first]
+    assert place is not None
+    return PreparedRows(place, ranks.index(topology.rank), len(ranks), files.reader(snapshot))
+
+
+def _tokenizer(worker: Worker) -> Any:
+    """On a leader, for texts of answers."""
+    m = worker.settings.model
+    return load_tokenizer(m.tokenizer, m.revision) if worker.topology.is_leader else None
+
+
+def _show(progress: Progress, reader: PreparedRows) -> Watch:
     """Rank 0 shows the latest loads: its own if it is alone, of several replicas what they reported some ticks ago."""
 
     def watch(engine: Engine) -> None:
@@ -105,7 +128,8 @@ def _show(progress: Progress, reader: Reader) -> Watch:
 
 def cli() -> None:
     """The command `spmd-generate`."""
-    main(generate)
+    with Feeder() as feeder:  # before anything has threads
+        main(lambda config, topology, stop: generate(config, topology, stop, feeder))
 
 
 if __name__ == "__main__":

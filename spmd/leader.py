@@ -13,6 +13,7 @@ from spmd.api.answers import answer_line, complete, error_line
 from spmd.api.choices import Completion
 from spmd.api.rows import BadRow, Job
 from spmd.api.tokenizer import StopChecker
+from spmd.messages import first_line
 from spmd.parallel.packet import Packet, PacketWire
 from spmd.report.metrics import Clock, Metrics
 from spmd.sampling.sampler import Sampled
@@ -40,7 +41,9 @@ class Open:
     """A row that isn't answered yet, and those of its choices that are complete."""
 
     job: Job
+    left: int  # choices that aren't finished
     completions: dict[int, Completion] = field(default_factory=dict)
+    failure: str = ""  # why one of them can't be
 
 
 class Leader:
@@ -56,12 +59,10 @@ class Leader:
     def open(self, row: Job | BadRow) -> None:
         """A row came in: open it, or write down at once why it can't be answered."""
         if isinstance(row, BadRow):
-            self.metrics.rows_failed += 1
-            if self.write:
-                self.write(row.index, error_line(row), row.key, True)
+            self._fail(row)
             return
         now = perf_counter()
-        self.rows[row.index] = Open(row)
+        self.rows[row.index] = Open(row, len(row.requests))
         for request in row.requests:
             params = request.params
             checker = StopChecker(self.tokenizer, request.tokens, params) if params.stop else None
@@ -91,18 +92,43 @@ class Leader:
         return tokens, ended
 
     def finish(self, request: Request) -> None:
-        """A request's last token is committed; write the row's answer once all its choices are there."""
+        """A request's last token is committed; write the row's answer once all its choices are there.
+
+        Whatever fails while an answer is put together fails that row alone: it gets an error line.
+        """
         row, choice = self.rows[request.index], self.choices.pop(request)
         self.metrics.finished(request, choice.clock, perf_counter())
+        row.left -= 1
         if self.write:
-            row.completions[request.choice] = self._completion(request, choice)
-            if len(row.completions) < len(row.job.requests):
-                return
+            try:
+                row.completions[request.choice] = self._completion(request, choice)
+            except Exception as error:  # a tokenizer's own affair
+                row.failure = row.failure or first_line(error)
+        if not row.left:
+            del self.rows[request.index]
+            self._answer(row)
+
+    def _answer(self, row: Open) -> None:
+        job = row.job
+        if not self.write:
+            self.metrics.rows_ok += 1
+            return
+        try:
+            if row.failure:
+                raise ValueError(row.failure)
             completions = [row.completions[number] for number in range(len(row.completions))]
-            line = answer_line(row.job, completions, self.model, self.tokenizer)
-            self.write(request.index, line, row.job.key, False)
-        del self.rows[request.index]
-        self.metrics.rows_ok += 1
+            line = answer_line(job, completions, self.model, self.tokenizer)
+        except Exception as error:
+            reason = f"the answer can't be put together: {first_line(error)}"
+            self._fail(BadRow(job.index, job.custom_id, reason, "server_error", job.key))
+        else:
+            self.write(job.index, line, job.key, False)
+            self.metrics.rows_ok += 1
+
+    def _fail(self, row: BadRow) -> None:
+        self.metrics.rows_failed += 1
+        if self.write:
+            self.write(row.index, error_line(row), row.key, True)
 
     def _completion(self, request: Request, choice: Choice) -> Completion:
         assert choice.finish_reason is not None

@@ -15,13 +15,13 @@ import torch
 
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, RowParser
+from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.config_checks import check, warnings
 from spmd.journal.paths import Paths, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
-from spmd.run_files import row_parser
 from spmd.runtime.compose import compose, tell
 from spmd.settings import Settings, read_model, resolve
 from spmd.signals import USAGE
@@ -64,13 +64,25 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
     yield "model", [_model(settings)]
     yield "checkpoint", _checkpoint(settings)
     yield "memory", _memory(settings, device)
-    parser = row_parser(settings, _capacity(settings, device) if device else settings.model.max_model_len)
+    parser = _parser(settings, _capacity(settings, device) if device else settings.model.max_model_len)
     yield "tokenizer", [_tokenizer(parser)]
     if config.input is not None:
         yield "input", _input(config.input, parser, config.shard)
     if config.output is not None:
         yield "output", [_output(shard_output(config.output, config.shard), config.input)]
     yield "logs", [_logs(config)]
+
+
+def _parser(settings: Settings, capacity: int) -> RowParser:
+    m = settings.model
+    return RowParser(
+        load_tokenizer(m.tokenizer, m.revision),
+        load_generation_config(m.path, m.revision),
+        settings.sampling,
+        m.max_model_len,
+        capacity,
+        settings.arch.vocab_size,
+    )
 
 
 def smallest_device(config: Config) -> Device | None:

@@ -7,9 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from spmd.api.reader import Reader, check_input, count_lines, input_digest
-from spmd.api.rows import RowParser
-from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
+from spmd.intake.feeder import Intake
 from spmd.journal.fingerprint import fingerprint
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
@@ -70,10 +69,29 @@ class RunFiles:
         found = {"the digest of the input": input_digest(self.input, snapshot.size)}
         return found | {name: str(value) for name, value in _identity(self.settings).items()}
 
-    def reader(self, snapshot: Snapshot, parser: RowParser | None = None) -> Reader:
-        """The input from its first row on; without a parser none of its rows can be had."""
-        identity = json.dumps(snapshot.header["identity"], sort_keys=True)
-        return Reader(self.input, parser, KeyTable(snapshot.done), identity, snapshot.size, self.settings.shard)
+    def reader(self, snapshot: Snapshot) -> Reader:
+        """The input from its first row on, to go through it without having rows."""
+        return Reader(self.input, None, KeyTable(snapshot.done), _salt(snapshot), snapshot.size, self.settings.shard)
+
+    def intake(self, snapshot: Snapshot, settings: Settings) -> Intake:
+        """What a feeder is to read. The settings know how many KV blocks there are."""
+        m, shard = settings.model, settings.shard
+        return Intake(
+            input=self.input,
+            done=snapshot.done,
+            identity=_salt(snapshot),
+            size=snapshot.size,
+            shard=shard,
+            tokenizer=m.tokenizer,
+            model=m.path,
+            revision=m.revision,
+            now=snapshot.now,
+            sampling=settings.sampling,
+            max_model_len=m.max_model_len,
+            capacity=settings.capacity,
+            vocab_size=settings.arch.vocab_size,
+            builders=settings.input_workers or _builders(),
+        )
 
     def complete(self, snapshot: Snapshot) -> Reader | None:
         """A reader that has met all rows, if none of them is left to answer. On rank 0."""
@@ -102,23 +120,15 @@ class RunFiles:
             self.journal.close()
 
 
-def row_parser(settings: Settings, capacity: int, now: datetime | None = None) -> RowParser:
-    """What makes jobs of the input's lines, for a KV cache that holds `capacity` tokens of a request.
+def _salt(snapshot: Snapshot) -> str:
+    """What goes into the key of every row."""
+    return json.dumps(snapshot.header["identity"], sort_keys=True)
 
-    `now`: see `load_tokenizer`.
 
-    Raises:
-        ValueError: the tokenizer or generation_config.json can't be read.
-    """
-    m = settings.model
-    return RowParser(
-        load_tokenizer(m.tokenizer, m.revision, now),
-        load_generation_config(m.path, m.revision),
-        settings.sampling,
-        m.max_model_len,
-        capacity,
-        settings.arch.vocab_size,
-    )
+def _builders() -> int:
+    """Half of the cores that the ranks of this node leave."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, (len(os.sched_getaffinity(0)) - ranks) // 2))
 
 
 def _identity(settings: Settings) -> dict[str, Any]:

@@ -86,12 +86,22 @@ class Job:
         return found
 
     def ranks(self) -> list[int]:
-        return [pid for pid, environment in self.processes().items() if b"\0RANK=" in environment]
+        """Those that have a rank's environment, but not their children, which read and build rows."""
+        having = {pid for pid, environment in self.processes().items() if b"\0RANK=" in environment}
+        return [pid for pid in having if _parent(pid) not in having]
 
     def answered(self) -> int:
         """Lines of the parts, roughly."""
         parts = Path(f"{self.output}.parts").glob("*.jsonl")
         return sum(part.read_bytes().count(b"\n") for part in parts if part.exists())
+
+
+def _parent(pid: int) -> int:
+    """0 if there is no such process any more."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def attempt(job: Job, topology: str, rng: random.Random | None, tally: Tally) -> int:

@@ -474,12 +474,12 @@ def test_a_rank_that_fails_ends_the_run_and_says_why(here: Path) -> None:
     """Rank 0 fails in mid-run, while the other waits for its hidden states."""
     write_rows(here / "in.jsonl", sums(50))
     (here / "failing.py").write_text(
-        "from spmd.generate import generate\nfrom spmd.stage.stage import Stage\nfrom spmd.runtime.main import main\n"
+        "from spmd.generate import cli\nfrom spmd.stage.stage import Stage\n"
         "run = Stage.run\n"
         "def failing(self, plan, *rest):\n"
         "    if plan.tick == 5 and self.forward.decoder.first: raise RuntimeError('out of memory, say')\n"
         "    return run(self, plan, *rest)\n"
-        "Stage.run = failing\nmain(generate)\n"
+        "Stage.run = failing\ncli()\n"
     )
     command = torchrun(2, "topology=pp2", *DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
     place = command.index("-m", 3)

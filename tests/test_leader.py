@@ -105,3 +105,37 @@ def test_a_ghost_row_adds_no_text_behind_a_stop_string() -> None:
     assert all(verdicts[len(output) - 1 :])
     choice = judged.answer(output)
     assert (choice["text"], choice["stop_reason"], choice["token_ids"]) == ("hello ", "wor", output)
+
+
+def test_an_answer_that_cannot_be_put_together_fails_its_row_alone() -> None:
+    broken, whole = Judged(logprobs=1, max_tokens=1), Judged(max_tokens=1)
+    plan = Plan(0, sampled=[broken.request], sample_positions=[len(PROMPT)])
+    nowhere = Sampler(VOCAB, "cpu").sample(torch.full((1, VOCAB), float("nan")), plan.sampled, plan.sample_positions)
+    tokens, verdicts = broken.leader.judge(plan, nowhere)
+    assert verdicts == [True]
+    broken.request.tokens += tokens
+    broken.leader.finish(broken.request)
+    (line,) = broken.lines
+    assert "the answer can't be put together" in str(line["error"]) and "server_error" in str(line["error"])
+    assert (broken.leader.metrics.rows_ok, broken.leader.metrics.rows_failed) == (0, 1)
+    assert not broken.leader.rows and not broken.leader.choices
+    whole.token(40)
+    assert whole.answer([40])["finish_reason"] == "length"
+
+
+def test_a_tokenizer_that_fails_fails_one_choice_and_so_its_row() -> None:
+    class Fails:
+        def decode(self, *ids: object, **options: object) -> str:
+            raise OSError("no such id")
+
+    lines: list[str] = []
+    leader = Leader(Fails(), "tested", Metrics(), lambda _, line, *key: lines.append(line))
+    requests = [Request(0, choice, [*PROMPT], SamplingParams(temperature=0.0, max_tokens=1)) for choice in range(2)]
+    leader.open(Job(0, "a", COMPLETIONS, requests, PROMPT))
+    plan = Plan(0, sampled=requests, sample_positions=[len(PROMPT)] * 2)
+    leader.judge(plan, sampled(plan, 40))
+    for request in requests:
+        assert not lines
+        request.tokens.append(40)
+        leader.finish(request)
+    assert len(lines) == 1 and "no such id" in lines[0]

@@ -4,14 +4,24 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from typing import NamedTuple
 
 from spmd.api.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, load
-from spmd.api.source import SKIPPED, Skipped
+from spmd.api.source import SKIPPED, Skipped, num_requests, skipped
 from spmd.integers import digest64
 from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
 
 BLOCK = 2**20  # bytes
+
+
+class Found(NamedTuple):
+    """A row as it is met."""
+
+    row: Row | BadRow
+    line: bytes
+    key: int | None
+    place: int  # of its key among those of rows done before; -1: it is to be answered
 
 
 class Reader:
@@ -55,21 +65,21 @@ class Reader:
         self.shard, self.shards = shard or (0, 1)
         self.consumed = 0  # bytes
         self.rows = 0  # so far, of all replicas and shards
-        self._to_do = self._read()
+        self._to_do = (found for found in self.read() if found.place < 0)
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
         """Go on to the next row that is to be answered; build it if it is one's `own`. None: the end."""
         found = next(self._to_do, None)
-        if found is None or not own:
-            return found and SKIPPED
-        row, key = found
-        if isinstance(row, Row):
-            assert self.parser is not None
-            return replace(self.parser.build(row), key=key)
-        return replace(row, key=key)
+        if found is None:
+            return None
+        if self.parser is None:
+            assert not own
+            return SKIPPED
+        row = replace(self.parser.build(found.row) if isinstance(found.row, Row) else found.row, key=found.key)
+        return row if own else skipped(num_requests(row))
 
-    def _read(self) -> Iterator[tuple[Row | BadRow, int | None]]:
-        """Rows to answer, with their keys."""
+    def read(self) -> Iterator[Found]:
+        """All rows of the shard, those done before among them."""
         seen: set[int] = set()
         for line in self._lines():
             index = self.rows
@@ -85,11 +95,13 @@ class Reader:
                 if isinstance(row, Row):
                     message = f"custom_id {row.custom_id!r} is that of an earlier row too"
                     row = BadRow(index, row.custom_id, message, "duplicate_custom_id")
-                yield row, None
+                yield Found(row, line, None, -1)
                 continue
             key = digest64(custom_id + b"\0" + line.strip(), self.identity)
-            if not self.done.set(key, index):
-                yield row, key
+            place = self.done.find(key)
+            if place >= 0:
+                self.done.put(place, index)
+            yield Found(row, line, key, place)
 
     def _lines(self) -> Iterator[bytes]:
         """Lines that are not blank; of one that is too long, enough to be found so."""

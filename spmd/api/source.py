@@ -1,20 +1,36 @@
 """Where an engine's rows come from: one list, which every rank goes through in the same order."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from spmd.api.rows import BadRow, Job
 
 
+@dataclass(frozen=True)
 class Skipped:
     """In place of a row that another replica answers."""
+
+    num_requests: int
 
 
 class NotYet:
     """In place of a row that isn't there yet."""
 
 
-SKIPPED, NOT_YET = Skipped(), NotYet()
+SKIPPED, NOT_YET = Skipped(1), NotYet()
+
+
+def num_requests(row: Job | BadRow | Skipped | NotYet) -> int:
+    """How much there is to do for a row; a bad one counts, too. 0: it isn't there yet."""
+    if isinstance(row, Job):
+        return len(row.requests)
+    return row.num_requests if isinstance(row, Skipped) else int(isinstance(row, BadRow))
+
+
+def skipped(requests: int) -> Skipped:
+    """In place of a row of so many requests."""
+    return SKIPPED if requests == 1 else Skipped(requests)
 
 
 class Source(Protocol):
@@ -36,4 +52,4 @@ class Listed:
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
         row = next(self._rows, None)
-        return row if own or row is None else SKIPPED
+        return row if own or row is None else skipped(num_requests(row))

@@ -31,11 +31,14 @@ class KeyTable:
     def set(self, key: int, value: int) -> bool:
         """Set a key's number, 0 or above; returns whether the key is there."""
         place = self.find(key)
-        if place < 0:
-            return False
+        if place >= 0:
+            self.put(place, value)
+        return place >= 0
+
+    def put(self, place: int, value: int) -> None:
+        """Set the number of the key at a place."""
         self.num_set += self.values[place] < 0
         self.values[place] = value
-        return True
 
 
 def pack(keys: "array[int]") -> bytes:

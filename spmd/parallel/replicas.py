@@ -41,7 +41,7 @@ class Alone:
     def next_row(self, held: int) -> bool | None:
         return True if held < self.wanted else None
 
-    def put_back(self) -> None: ...
+    def took(self, requests: int) -> None: ...
 
     def admits(self, tick: int, running: int, waiting: int) -> bool:
         return True

@@ -101,6 +101,20 @@ def from_rank_0(topology: Topology, value: T) -> T:
     return values[0]
 
 
+def from_each(topology: Topology, value: T) -> list[T]:
+    """The values of all ranks."""
+    values = [value] * topology.world_size
+    if topology.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_each_host(topology: Topology) -> list[int]:
+    """For each rank the lowest one on its host."""
+    hosts = from_each(topology, host())
+    return [hosts.index(each) for each in hosts]
+
+
 def host() -> str:
     """The name under which people know this machine; SLURM's where there is one."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -75,9 +75,9 @@ class Turns:
         self.turn += 1
         return self.turn % self.rules.dp == self.rules.dp_rank
 
-    def put_back(self) -> None:
-        """The row isn't there yet: the turn is the same when it comes."""
-        self.turn -= 1
+    def took(self, requests: int) -> None:
+        """The row has so many requests; 0: it isn't there yet, and the turn is the same when it comes."""
+        self.turn -= requests == 0
 
 
 class Demand:
@@ -86,7 +86,7 @@ class Demand:
     A replica should have a request for every seat and a few that wait, so that seats which become free are filled at
     once although the others learn of it `1 + lag` ticks late: a seat in RESERVE refills all if requests have some
     `8 * (1 + lag)` tokens or more. More would wait in vain at one replica while another runs dry at the end.
-    Rows allotted since the loads were reported count as one request each; `n` > 1 shows in later loads.
+    Rows allotted since the loads were reported count as the requests that they have.
     """
 
     def __init__(self, rules: Rules) -> None:
@@ -95,7 +95,7 @@ class Demand:
         self.neediest = 0  # who got the last row
         self.lacks = [self.wanted] * rules.dp
         self.free_blocks = [0] * rules.dp
-        self.allotted = [0] * rules.dp  # in this tick
+        self.allotted = [0] * rules.dp  # requests, in this tick
         self.recent: deque[list[int]] = deque(maxlen=rules.lag)  # in ticks that the loads don't show
 
     def see(self, loads: Sequence[Load] | None) -> None:
@@ -119,13 +119,13 @@ class Demand:
         self.neediest = replica
         return replica == self.rules.dp_rank
 
-    def put_back(self) -> None:
-        """The row isn't there yet: nobody has got it."""
-        self._allot(self.neediest, -1)
+    def took(self, requests: int) -> None:
+        """The row has so many requests; 0: it isn't there yet, so nobody has got it."""
+        self._allot(self.neediest, requests - 1)
 
-    def _allot(self, replica: int, rows: int) -> None:
-        self.lacks[replica] -= rows
-        self.allotted[replica] += rows
+    def _allot(self, replica: int, requests: int) -> None:
+        self.lacks[replica] -= requests
+        self.allotted[replica] += requests
 
 
 class Gate:
@@ -202,8 +202,8 @@ class Balance:
     def next_row(self, held: int) -> bool | None:
         return self.deal.next(held)
 
-    def put_back(self) -> None:
-        self.deal.put_back()
+    def took(self, requests: int) -> None:
+        self.deal.took(requests)
 
     def admits(self, tick: int, running: int, waiting: int) -> bool:
         return self.gate.open(self.loads, tick, running, waiting)

@@ -303,3 +303,24 @@ def test_equal_runs_are_equal_in_any_order() -> None:
     first = trace(0)
     assert trace(1) == trace(2) == first
     assert len({each for written in first for each in written}) > 100
+
+
+def test_a_row_counts_as_its_requests_until_loads_show_them() -> None:
+    """Else the first replica would be given rows of many choices as long as it has seats."""
+    deal = Demand(rules(dp=2, lag=1))
+    deal.see(None)
+    order = []
+    for _ in range(4):
+        order.append(deal.next(0))
+        deal.took(6)
+    assert order[:2] == [True, False], "the other one lacks more now"
+
+
+def test_a_row_that_is_not_there_yet_is_nobodys() -> None:
+    for deal in (Demand(rules(dp=2)), Turns(rules(dp=2))):
+        deal.see(None)
+        asked = []
+        for _ in range(3):
+            asked.append(deal.next(0))
+            deal.took(0)
+        assert asked[1:] == asked[:1] * 2, "it is the same replica's whenever it comes"

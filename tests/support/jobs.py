@@ -13,6 +13,7 @@ import torch
 
 from spmd.config import Config
 from spmd.generate import generate
+from spmd.intake.feeder import Feeder
 from spmd.runtime.main import main
 from spmd.signals import Stop
 from spmd.topology import Topology
@@ -50,7 +51,13 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def run_here(*overrides: str, work: Callable[[Config, Topology, Stop], None] = generate) -> int:
+def generate_here(config: Config, topology: Topology, stop: Stop) -> None:
+    """The main job, with a feeder forked from this process."""
+    with Feeder() as feeder:
+        generate(config, topology, stop, feeder)
+
+
+def run_here(*overrides: str, work: Callable[[Config, Topology, Stop], None] = generate_here) -> int:
     """Run a job as the one rank of this process, which it leaves as it found it; returns the exit status."""
     argv, threads = sys.argv, torch.get_num_threads()
     log = logging.getLogger("spmd")

@@ -2,9 +2,9 @@
 
 import resource
 
-from spmd.generate import generate
 from spmd.runtime.main import main
+from tests.support.jobs import generate_here
 
 if __name__ == "__main__":
-    main(generate)
+    main(generate_here)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,0 +1,1 @@
+"""The rows' way in, off the loop: read, checked, rendered and tokenized ahead of it, once a node."""

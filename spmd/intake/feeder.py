@@ -1,0 +1,226 @@
+"""The processes of a node that make finished rows out of lines: one that reads, and its children, which build.
+
+The reader goes through the file in order, numbers rows, knows duplicates and rows that are done, and hands blocks of
+lines to the builders in turn; each builder parses, renders and tokenizes its block and publishes it as a batch. What a
+batch holds is a function of the file and the configuration alone, however many builders there are.
+
+All of them are forked from a rank, before it has threads or a GPU, so they need no time to start. They end when that
+rank does: their pipes are closed then.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import sleep
+from typing import NamedTuple
+
+from spmd.api.reader import Reader
+from spmd.api.rows import BadRow, Job, RowParser, load
+from spmd.api.source import num_requests
+from spmd.api.tokenizer import load_generation_config, load_tokenizer
+from spmd.config import SamplingConfig
+from spmd.intake.folder import AHEAD, NAP, Batch, Folder
+from spmd.intake.packed import pack
+from spmd.journal.key_table import KeyTable
+from spmd.messages import first_line
+
+# A block ends with the first row that fills one of these.
+BLOCK_ROWS = 64  # to answer
+BLOCK_BYTES = 2**18  # of lines to answer
+BLOCK_MET = 4096  # rows that were done before
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # the rank heeds them
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What is to be read, and how rows are built of it. See `Reader` and `RowParser`."""
+
+    input: str
+    done: bytes  # keys of rows to pass over
+    identity: str
+    size: int
+    shard: list[int] | None
+    tokenizer: str
+    model: str
+    revision: str | None
+    now: datetime  # for templates that write the date
+    sampling: SamplingConfig
+    max_model_len: int
+    capacity: int
+    vocab_size: int
+    builders: int  # processes
+
+    def reader(self) -> Reader:
+        return Reader(self.input, None, KeyTable(self.done), self.identity, self.size, self.shard)
+
+    def parser(self) -> RowParser:
+        return RowParser(
+            load_tokenizer(self.tokenizer, self.revision, self.now),
+            load_generation_config(self.model, self.revision),
+            self.sampling,
+            self.max_model_len,
+            self.capacity,
+            self.vocab_size,
+        )
+
+
+class Line(NamedTuple):
+    """A row on its way to a builder."""
+
+    number: int  # of its row
+    text: bytes
+    key: int | None
+    bad: BadRow | None  # why it can't be answered, if that is known already
+
+
+@dataclass
+class Block:
+    """What a builder makes a batch of."""
+
+    lines: list[Line] = field(default_factory=list)
+    met: list[tuple[int, int]] = field(default_factory=list)
+    bytes: int = 0
+    num_rows: int = 0
+    consumed: int = 0
+    last: bool = False
+
+    @property
+    def full(self) -> bool:
+        return len(self.lines) >= BLOCK_ROWS or self.bytes >= BLOCK_BYTES or len(self.met) >= BLOCK_MET
+
+
+class Feeder:
+    """A process that waits to be asked for rows, forked from this one. Make it before there are threads or a GPU."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = Pipe()
+        self._pid = os.fork()
+        self._path: Path | None = None
+        if not self._pid:
+            self._ours.close()
+            _child(theirs)
+        theirs.close()
+
+    def start(self, intake: Intake, ranks: int) -> Path:
+        """Begin to feed so many ranks of this node through a folder, which it returns.
+
+        Raises:
+            RuntimeError: the process is gone.
+        """
+        try:
+            self._ours.send((intake, ranks))
+            self._path = self._ours.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError("the process that reads the rows is gone; was it killed for memory?") from error
+        assert self._path is not None
+        return self._path
+
+    def close(self) -> None:
+        """End it, and remove its folder."""
+        self._ours.close()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        if self._path:
+            shutil.rmtree(self._path, ignore_errors=True)
+
+    def __enter__(self) -> "Feeder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def blocks(reader: Reader) -> Iterator[Block]:
+    """All rows of the reader, in order; the last block may be empty."""
+    block = Block()
+    for found in reader.read():
+        if found.place >= 0:
+            block.met.append((found.place, found.row.index))
+        else:
+            bad = found.row if isinstance(found.row, BadRow) else None
+            block.lines.append(Line(found.row.index, b"" if bad else found.line, found.key, bad))
+            block.bytes += len(found.line)
+        if block.full:
+            block.num_rows, block.consumed = reader.rows, reader.consumed
+            yield block
+            block = Block()
+    block.num_rows, block.consumed, block.last = reader.rows, reader.consumed, True
+    yield block
+
+
+def build(block: Block, parser: RowParser) -> Batch:
+    """The rows of a block, whatever its lines hold."""
+    built = [_build(line, parser) for line in block.lines]
+    rows = [(num_requests(row), pack(row)) for row in built]
+    return Batch(rows, block.met, block.num_rows, block.consumed, block.last)
+
+
+def _child(rank: Connection) -> None:
+    """All that the forked process does."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads don't survive the builders' fork
+    try:
+        intake, ranks = rank.recv()
+        path = Folder.make(ranks)
+        rank.send(path)
+        folder = Folder(path, ranks)
+        try:
+            _feed(intake, folder, rank)
+        except Exception as error:
+            folder.fail(f"{type(error).__name__}: {first_line(error)}")
+            rank.poll(None)
+        shutil.rmtree(path, ignore_errors=True)
+    except (EOFError, OSError):
+        pass  # the rank has ended
+    finally:
+        os._exit(0)
+
+
+def _feed(intake: Intake, folder: Folder, rank: Connection) -> None:
+    """Publish all rows; returns once the rank has ended, before or after."""
+    parser, builders, first = intake.parser(), list[Connection](), 0
+    for _ in range(intake.builders):
+        builders.append(_fork_builder(parser, folder, [rank, *builders]))
+    for number, block in enumerate(blocks(intake.reader())):
+        while number >= min(folder.taken) + AHEAD:
+            if rank.poll():
+                return
+            sleep(NAP)
+        first = folder.remove_taken(first)
+        builders[number % len(builders)].send((number, block))
+    rank.poll(None)  # there is nothing to be read from it: this is its end
+
+
+def _fork_builder(parser: RowParser, folder: Folder, others: list[Connection]) -> Connection:
+    ours, theirs = Pipe()
+    if os.fork():
+        theirs.close()
+        return ours
+    for other in (ours, *others):
+        other.close()  # else their readers would never see an end
+    try:
+        while True:
+            number, block = theirs.recv()
+            folder.publish(number, build(block, parser))
+    except (EOFError, OSError):
+        pass  # the feeder has ended
+    except BaseException as error:
+        with suppress(OSError):
+            folder.fail(f"{type(error).__name__}: {first_line(error)}")
+    finally:
+        os._exit(0)
+
+
+def _build(line: Line, parser: RowParser) -> Job | BadRow:
+    if line.bad:
+        return replace(line.bad, key=line.key)
+    row = load(line.text, line.number)
+    return replace(row if isinstance(row, BadRow) else parser.build(row), key=line.key)

@@ -1,0 +1,40 @@
+"""The compact form in which a row travels from its builder to the ranks of its replica."""
+
+import pickle
+from array import array
+
+from spmd.api.endpoints import ENDPOINTS
+from spmd.api.rows import BadRow, Job
+from spmd.schedule.request import Request
+
+BY_URL = {endpoint.url: endpoint for endpoint in ENDPOINTS}
+
+
+def pack(row: Job | BadRow) -> bytes:
+    """The prompt of all choices stands in it once, four bytes a token."""
+    if isinstance(row, BadRow):
+        return pickle.dumps(row)
+    params = [request.params for request in row.requests]
+    return pickle.dumps(
+        (
+            row.index,
+            row.custom_id,
+            row.endpoint.url,
+            array("i", row.prompt_token_ids).tobytes(),
+            params,
+            row.requests[0].priority,
+            row.return_token_ids,
+            row.key,
+        )
+    )
+
+
+def unpack(packed: bytes) -> Job | BadRow:
+    """What was packed, with requests of its own."""
+    row = pickle.loads(packed)
+    if isinstance(row, BadRow):
+        return row
+    index, custom_id, url, ids, params, priority, return_token_ids, key = row
+    prompt = array("i", ids).tolist()
+    requests = [Request(index, choice, prompt.copy(), each, priority) for choice, each in enumerate(params)]
+    return Job(index, custom_id, BY_URL[url], requests, prompt, return_token_ids, key)
