@@ -118,10 +118,12 @@ def read_model(config: Config) -> Architecture:
         raise ValueError("model.path is not set: give a folder with config.json, or a Hub id")
     arch = read_architecture(m.path, m.dtype, m.revision, m.overrides)
     check_topology(arch, Topology(t.dp, t.pp, t.tp), t.ep)
-    if m.max_model_len and m.max_model_len > arch.max_position_embeddings:
+    longest = arch.rope.reach(arch.max_position_embeddings)
+    if m.max_model_len and m.max_model_len > longest:
+        stretched = f", {arch.rope.rope_type} factor {arch.rope.factor:g} included" if arch.rope.factor != 1 else ""
         raise ValueError(
-            f"model.max_model_len={m.max_model_len} is more than the {arch.max_position_embeddings} positions "
-            f"the model was made for (max_position_embeddings)"
+            f"model.max_model_len={m.max_model_len} is more than the {longest} positions "
+            f"the model was made for (max_position_embeddings{stretched})"
         )
     return arch
 
