@@ -41,7 +41,9 @@ class ModelConfig:
         choices=("auto", "safetensors", "dummy"),
     )
     max_model_len: int | None = key(
-        None, "Tokens of a request, prompt and output. null: the model's max_position_embeddings.", least=1
+        None,
+        "Tokens of a request, prompt and output. null: max_position_embeddings, with YaRN factor x original.",
+        least=1,
     )
     tokenizer: str | None = key(None, "A folder or Hub id to take the tokenizer from. null: model.path.")
     revision: str | None = key(None, "Branch, tag or commit of a Hub id. null: the main branch.")

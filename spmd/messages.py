@@ -5,8 +5,11 @@ import json
 import reprlib
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+LFS = b"version https://git-lfs"  # what the pointer to a large file begins with
 
 
 def show(value: Any) -> str:
@@ -36,3 +39,10 @@ def cannot_write(what: str, folder: Path, error: OSError) -> str:
         usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
         reason += f" ({usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB are free)"
     return f"{what} can't be written: {reason}"
+
+
+def check_no_pointer(file: Path) -> None:
+    """Raises a ValueError if Git LFS has left its pointer in the place of a file."""
+    with suppress(OSError), open(file, "rb") as opened:
+        if opened.read(len(LFS)) == LFS:
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: git lfs pull in its folder fetches it")

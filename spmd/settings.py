@@ -20,6 +20,7 @@ from spmd.backend.choose import Name, choose_backend, default_block_size
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, keys, value_of
 from spmd.config_checks import decode_rows
 from spmd.model.architecture import Architecture, check_topology, read_architecture
+from spmd.model.checkpoint import as_stored
 from spmd.model.cost import head_cost
 from spmd.model.linear import computed_in
 from spmd.topology import Topology, split_layers
@@ -111,17 +112,19 @@ def read_model(config: Config) -> Architecture:
     """Read the model's shape and check that it fits the topology.
 
     Raises:
-        ValueError: one line, see `read_architecture` and `check_topology`.
+        ValueError: one line, see `read_architecture`, `as_stored` and `check_topology`.
     """
     m, t = config.model, config.topology
     if m.path is None:
         raise ValueError("model.path is not set: give a folder with config.json, or a Hub id")
-    arch = read_architecture(m.path, m.dtype, m.revision, m.overrides)
+    arch = as_stored(read_architecture(m.path, m.dtype, m.revision, m.overrides), m.path, m.load_format, m.revision)
     check_topology(arch, Topology(t.dp, t.pp, t.tp), t.ep)
-    if m.max_model_len and m.max_model_len > arch.max_position_embeddings:
+    longest = arch.rope.reach(arch.max_position_embeddings)
+    if m.max_model_len and m.max_model_len > longest:
+        stretched = f", {arch.rope.rope_type} factor {arch.rope.factor:g} included" if arch.rope.factor != 1 else ""
         raise ValueError(
-            f"model.max_model_len={m.max_model_len} is more than the {arch.max_position_embeddings} positions "
-            f"the model was made for (max_position_embeddings)"
+            f"model.max_model_len={m.max_model_len} is more than the {longest} positions "
+            f"the model was made for (max_position_embeddings{stretched})"
         )
     return arch
 

@@ -4,7 +4,7 @@ transformers' AutoConfig knows each family's defaults and both generations of ro
 turned into one frozen `Architecture` that the rest of the package receives.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from spmd.integers import round_up
-from spmd.messages import first_line
+from spmd.messages import check_no_pointer, first_line, show
 from spmd.model.cache_spec import CacheSpec
-from spmd.model.linear import Dense, WeightFormat
-from spmd.model.rope import ROPE_TYPES, RopeConfig
+from spmd.model.linear import DTYPES, Dense, WeightFormat, stored_dtype
+from spmd.model.rope import ROPE_KEYS, RopeConfig, merge_rope, read_rope
 from spmd.topology import Topology, split_layers
 
 ATTENTION = "spmd.model.attention:Attention"
@@ -49,7 +49,24 @@ FAMILIES = {
     "MixtralForCausalLM": Family(sliding_window=True, norm_topk_prob=True),
 }
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Keys that change what a model computes where transformers or vLLM heed them, and that nothing here does, by the value
+# besides null, false and nothing with which they change nothing.
+NOT_DONE: dict[str, Any] = {
+    **dict.fromkeys(("dual_chunk_attention_config", "compression_config", "transformers_weights", "per_layer_config")),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "alibi", "attention_multiplier")),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), 1),
+    **dict.fromkeys(("query_pre_attn_scalar", "use_bidirectional_attention")),
+    "is_causal": True,
+}
+DUAL_CHUNK = (
+    ": up to chunk_size - local_size tokens plain attention is the same, which 'model.overrides="
+    "{dual_chunk_attention_config: null}' runs; set model.max_model_len to no more than that"
+)
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings", "sliding_window", "decoder_sparse_step"),
+    *("num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -131,14 +148,23 @@ def read_architecture(
     Raises:
         ValueError: no config.json, an unknown architecture, or a feature of it that is not supported here.
     """
-    name, config = _read_config(path, revision, dict(overrides or {}))
-    family = FAMILIES[name]
+    values = _config_values(path, revision)
+    try:
+        return _architecture(values, dict(overrides or {}), dtype)
+    except _MISTAKES as error:
+        where = "config.json with model.overrides" if overrides else "config.json"
+        raise ValueError(f"model.path={path}: {where}: {' '.join(str(error).split())}") from error
+
+
+def _architecture(values: dict[str, Any], overrides: dict[str, Any], dtype: str) -> Architecture:
+    """From the content of config.json; what is wrong with it raises one of `_MISTAKES`."""
+    name, named, config = _config(values, overrides)
+    stored = stored_dtype(named, dtype)
+    family, experts = FAMILIES[name], _experts(config)
     if config.hidden_act not in family.activations:
-        raise ValueError(f"{path}: hidden_act={config.hidden_act} is not supported, only {family.activations[0]} is")
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{path}: quantized checkpoints are not supported")
+        raise ValueError(f"hidden_act={config.hidden_act} is not supported, only {family.activations[0]} is")
     bias = family.attention_bias and config.attention_bias
-    experts, stored = _experts(config), _stored(config)
+    rope = read_rope(config.rope_parameters)
     return Architecture(
         family=name,
         stored=stored,
@@ -151,9 +177,9 @@ def read_architecture(
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_position_embeddings,
+        max_position_embeddings=rope.positions(config.max_position_embeddings),
         tie_word_embeddings=config.tie_word_embeddings,
-        rope=_rope(path, config),
+        rope=rope,
         qkv_bias=family.qkv_bias or bias,
         o_bias=bias,
         mlp_bias=getattr(config, "mlp_bias", False),
@@ -204,57 +230,95 @@ def _check_experts(arch: Architecture, topology: Topology) -> None:
         )
 
 
-def _read_config(path: str, revision: str | None, overrides: dict[str, Any]) -> tuple[str, PretrainedConfig]:
-    """The family's name and its config with every default filled in."""
+_MISTAKES = (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError)
+
+
+def _config_values(path: str, revision: str | None) -> dict[str, Any]:
+    """The content of config.json."""
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model.path={path} has no config.json")
+    check_no_pointer(folder / "config.json")
     try:
         values, _ = PretrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         kind = "" if folder.is_dir() else " is neither a model folder nor a Hub id within reach"
         raise ValueError(f"model.path={path}{kind}: {reason}") from error
-    name, model_type = _family_name(path, values), values.pop("model_type")
-    if "num_hidden_layers" in overrides:
-        values.pop("layer_types", None)  # one entry a layer: the family's rule makes them anew
-    try:
-        known = AutoConfig.for_model(model_type)
-        unknown = [key for key in overrides if key not in values and not hasattr(known, key)]
-        if unknown:
-            raise ValueError(f"model.overrides names {', '.join(unknown)}, which no {model_type} config has")
-        return name, AutoConfig.for_model(model_type, **(values | overrides))
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"model.path={path}: {' '.join(str(error).split())}") from error
+    except (TypeError, AttributeError):  # transformers', of another kind of value
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(f"model.path={path}: config.json is not a JSON object")
+    return values
 
 
-def _family_name(path: str, values: dict[str, Any]) -> str:
-    model_type = values.get("model_type", "")
-    of_type = [name for name in FAMILIES if name.removesuffix("ForCausalLM").lower() == model_type.replace("_", "")]
-    names = values.get("architectures") or of_type or [f"of model_type {model_type or 'unknown'}"]
-    if names[0] not in of_type:
-        raise ValueError(
-            f"model.path={path}: architecture {names[0]} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    return names[0]
+def _config(values: dict[str, Any], overrides: dict[str, Any]) -> tuple[str, Any, PretrainedConfig]:
+    """The family's name, the dtype that is named, and the config with every default filled in."""
+    name, model_type = _family_name(values | overrides)
+    known = AutoConfig.for_model(model_type)
+    other_names = known.attribute_map | {"torch_dtype": "dtype"}
+    own = (*values, *ROPE_KEYS, *other_names, *(key for key in overrides if not callable(getattr(known, key, print))))
+    if unknown := [key for key in overrides if key not in own]:
+        raise ValueError(f"model.overrides names {', '.join(unknown)}, which no {model_type} config has")
+    replaced = {other_names.get(key, key) for key in overrides}
+    merged = {key: value for key, value in values.items() if other_names.get(key, key) not in replaced} | overrides
+    if "num_hidden_layers" in overrides and "layer_types" not in overrides:
+        merged.pop("layer_types", None)  # one entry a layer: the family's rule makes them anew
+    _refuse_ignored(merged)
+    named, older = merged.pop("dtype", None), merged.pop("torch_dtype", None)
+    rest = {key: value for key, value in merged.items() if key not in (*ROPE_KEYS, "model_type")}
+    config = AutoConfig.for_model(model_type, **rest, rope_parameters=merge_rope(values, overrides))
+    _check_sizes(config)
+    return name, older if named is None else named, config
 
 
-def _stored(config: PretrainedConfig) -> torch.dtype:
-    stored = config.dtype or torch.float32
-    return getattr(torch, stored) if isinstance(stored, str) else stored
+def _family_name(values: dict[str, Any]) -> tuple[str, str]:
+    """The architecture's name, and transformers' for its kind of config."""
+    model_type, names = values.get("model_type"), values.get("architectures")
+    of_type = [
+        name for name in FAMILIES if name.removesuffix("ForCausalLM").lower() == str(model_type).replace("_", "")
+    ]
+    name = str(
+        (names if isinstance(names, str) else next(iter(names or of_type), None)) or f"of model_type {model_type}"
+    )
+    if name in FAMILIES and name not in of_type:
+        raise ValueError(f"model_type={show(model_type)} is not that of architecture {name}")
+    if name not in of_type:
+        raise ValueError(f"architecture {name} is not supported; supported are {', '.join(FAMILIES)}")
+    return name, str(model_type)
 
 
-def _rope(path: str, config: PretrainedConfig) -> RopeConfig:
-    values = config.rope_parameters
-    rope = RopeConfig(**{f.name: values[f.name] for f in fields(RopeConfig) if values.get(f.name) is not None})
-    if rope.rope_type not in ROPE_TYPES:
-        raise ValueError(f"{path}: rope_type {rope.rope_type} is not supported; supported are {', '.join(ROPE_TYPES)}")
-    return rope
+def _refuse_ignored(values: dict[str, Any]) -> None:
+    if values.get("quantization_config"):
+        raise ValueError("quantized checkpoints are not supported")
+    for key, neutral in NOT_DONE.items():
+        value = values.get(key)
+        if value != neutral and (value or (neutral is True and value is False)):
+            hint = DUAL_CHUNK if key.startswith("dual") else ""
+            raise ValueError(f"{key}={show(value)} is not supported{hint}")
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    """What transformers doesn't check."""
+    for name in SIZES:
+        value = getattr(config, name, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={show(value)} must be a whole number, at least 1")
+    heads, kv_heads, experts = config.num_attention_heads, config.num_key_value_heads, _experts(config)
+    if heads % kv_heads:
+        raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
+    if experts and config.num_experts_per_tok > experts:
+        raise ValueError(f"num_experts_per_tok={config.num_experts_per_tok} is more than the {experts} experts")
 
 
 def _layers(family: Family, config: PretrainedConfig, experts: int) -> tuple[LayerSpec, ...]:
     window = config.sliding_window if family.sliding_window else None
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    kinds = ("full_attention", "sliding_attention") if family.sliding_window else ("full_attention",)
+    types = getattr(config, "layer_types", None) or [kinds[-1]] * config.num_hidden_layers
+    if foreign := sorted(set(types) - set(kinds)):
+        raise ValueError(
+            f"layer_types has {', '.join(foreign)}; of this family's layers supported are {', '.join(kinds)}"
+        )
     return tuple(
         LayerSpec(
             GroupedQuery(window if kind == "sliding_attention" else None, family.attention),

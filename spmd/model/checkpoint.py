@@ -1,10 +1,14 @@
-"""Filling a decoder from safetensors: a rank reads its stage's tensors, and of those its own slices and experts."""
+"""Filling a decoder from safetensors: a rank reads its stage's tensors, and of those its own slices and experts.
+
+Which files of a folder count is decided as transformers does: model.safetensors alone where it is there, else those
+that the index names. Where neither is there, all that no other program has left, none of which may hold a tensor twice.
+"""
 
 import hashlib
 import json
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,17 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from spmd.messages import first_line, listed
+from spmd.messages import check_no_pointer, first_line, listed
 from spmd.model.architecture import Architecture
 from spmd.model.decoder import Decoder
 from spmd.model.weights import Piece
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OF_OTHERS = ("adapter_", "consolidated")  # an adapter's, and those with Mistral's own names of tensors, begin so
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+COMPARED_BYTES = 2**26  # at a time
 
 # Mixtral's own names, where the other families agree.
 MIXTRAL = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -30,7 +41,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        patterns, others = ["*.safetensors", "*.json"], [f"{name}*" for name in OF_OTHERS]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=others))
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise ValueError(f"model.path={path} is neither a folder nor a Hub id within reach: {reason}") from error
@@ -52,13 +64,19 @@ class Checkpoint:
     def check_complete(self, needed: Iterable[str], arch: Architecture, where: str = "") -> None:
         """Raises a ValueError if it lacks some of them; `where` says who needs them."""
         if missing := [name for name in needed if name not in self.names]:
-            raise ValueError(f"{self.path} lacks {listed(missing, 5)}, which {arch.family} needs{where}")
+            one_of_two = len(missing) == 1 and {missing[0], *self.names} > {EMBEDDING, HEAD} > {*missing}
+            hint = (
+                "; if one matrix is both, say so: 'model.overrides={tie_word_embeddings: true}'" if one_of_two else ""
+            )
+            raise ValueError(f"{self.path} lacks {listed(missing, 5)}, which {arch.family} needs{where}{hint}")
 
     def check_known(self, known: Container[str], arch: Architecture) -> None:
         """Raises a ValueError if it holds tensors that the whole model does not have."""
         if unknown := [raw for name, raw in self.names.items() if name not in known and not _is_redundant(name, arch)]:
+            files = sorted({self.files[raw].name for raw in unknown})
             raise ValueError(
-                f"{self.path} holds {listed(unknown, 5)}, which {arch.family} with this config.json does not have"
+                f"{self.path} holds {listed(unknown, 5)}, which {arch.family} with this config.json does not have "
+                f"(in {listed(files, 3)})"
             )
 
     def by_file(self, needed: Iterable[str]) -> dict[Path, list[str]]:
@@ -78,7 +96,7 @@ def load(decoder: Decoder, path: str, load_format: str = "auto", revision: str |
     if load_format == "dummy":
         fill_randomly(decoder.pieces(), decoder.arch.stored, seed)
         return
-    checkpoint = _open(path, revision)
+    checkpoint = _open(path, revision, decoder.arch)
     pieces = decoder.pieces(checkpoint.stacked)
     checkpoint.check_complete(pieces, decoder.arch)
     checkpoint.check_known(Decoder(decoder.arch, device="meta").pieces(checkpoint.stacked), decoder.arch)
@@ -103,7 +121,7 @@ def check_files(
     """
     if load_format == "dummy":
         return None
-    checkpoint = _open(path, revision)
+    checkpoint = _open(path, revision, arch)
     for stage, own in enumerate(layers):
         first, last = stage == 0, stage == len(layers) - 1
         needed = Decoder(arch, own, first, last, device="meta").pieces(checkpoint.stacked)
@@ -116,6 +134,32 @@ def check_files(
             for name in names:
                 _slices(opened, file, checkpoint.names[name], pieces[name])
     return checkpoint
+
+
+def as_stored(arch: Architecture, path: str, load_format: str, revision: str | None) -> Architecture:
+    """As transformers 5: embedding and head that config.json ties but the files hold both of, and differing, are two.
+
+    Raises:
+        ValueError: no or broken files.
+    """
+    if not arch.tie_word_embeddings or load_format == "dummy":
+        return arch
+    checkpoint = _open(path, revision, arch)
+    embedding, head = (checkpoint.names.get(name) for name in (EMBEDDING, HEAD))
+    if embedding is None or head is None or _equal(checkpoint, embedding, head):
+        return arch
+    return replace(arch, tie_word_embeddings=False)
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two matrices hold the same numbers; as a rule their first rows tell."""
+    with _reading(checkpoint.files[one]) as first, _reading(checkpoint.files[other]) as second:
+        a, b = first.get_slice(one), second.get_slice(other)
+        if a.get_shape() != b.get_shape():
+            return False
+        rows, size = a.get_shape()
+        step = max(1, COMPARED_BYTES // (4 * size))
+        return all(torch.equal(a[i : i + step].float(), b[i : i + step].float()) for i in range(0, rows, step))
 
 
 def fill_randomly(pieces: dict[str, list[Piece]], stored: torch.dtype, seed: int) -> None:
@@ -140,50 +184,89 @@ def fill_randomly(pieces: dict[str, list[Piece]], stored: torch.dtype, seed: int
 @contextmanager
 def _reading(file: Path) -> Iterator[Any]:
     """An open safetensors file; what is wrong with it becomes a ValueError."""
+    check_no_pointer(file)
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        size = f"{file.stat().st_size:,} bytes" if file.is_file() else "no file"
+        raise ValueError(f"{file} ({size}) cannot be read: {error}; if it isn't whole, fetch it again") from error
 
 
 def _slices(opened: Any, file: Path, name: str, pieces: Sequence[Piece]) -> Any:
     """The tensor `name` of an open file, to be read slice by slice; it has the shape that its pieces are of."""
     source = opened.get_slice(name)
-    shape = tuple(source.get_shape())
+    shape, kind = tuple(source.get_shape()), source.get_dtype()
     for piece in pieces:
         if shape != piece.shape:
             raise ValueError(f"{file}: {name} has shape {shape}, config.json implies {piece.shape}")
+        if piece.target.is_floating_point() and kind not in FLOATS:
+            raise ValueError(f"{file}: {name} is stored as {kind}; quantized checkpoints are not supported")
     return source
 
 
-def _open(path: str, revision: str | None) -> Checkpoint:
+def _open(path: str, revision: str | None, arch: Architecture) -> Checkpoint:
     files = _tensor_files(resolve(path, revision))
-    return Checkpoint(path, files, {_canonical(name): name for name in files})
+    names: dict[str, str] = {}
+    for raw in files:
+        name = _canonical(raw)
+        if (other := names.setdefault(name, raw)) != raw:
+            raise ValueError(f"{path}: {_twice(name, files[other], files[raw])} (as {other} and {raw})")
+    if arch.tie_word_embeddings and EMBEDDING not in names and HEAD in names:
+        names[EMBEDDING] = names.pop(HEAD)  # of two names of one tensor safetensors' save_model keeps one
+    return Checkpoint(path, files, names)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that count, in the order of their names, unopened; none if there are none."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    if (folder / INDEX).is_file():
+        return sorted({folder / file for file in _weight_map(folder / INDEX).values()})
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(".")]
+    return [file for file in files if not file.name.startswith(OF_OTHERS)]
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file that holds each tensor."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in _weight_map(index).items()}
-        if absent := sorted({file.name for file in files.values() if not file.is_file()}):
-            raise ValueError(f"{folder} lacks {listed(absent, 5)}, which {index.name} names")
-        return files
-    files = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    chosen = weight_files(folder)
+    if absent := [file.name for file in chosen if not file.is_file()]:
+        raise ValueError(f"{folder} lacks {listed(absent, 5)}, which {INDEX} names")
+    if not chosen:
+        raise ValueError(f"{folder} has no {_instead(folder)}; model.load_format=dummy runs without weights")
+    if not (folder / WHOLE).is_file() and (folder / INDEX).is_file():
+        return {name: folder / file for name, file in _weight_map(folder / INDEX).items()}
+    files: dict[str, Path] = {}
+    for file in chosen:
         with _reading(file) as opened:
-            files |= dict.fromkeys(opened.keys(), file)
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors; model.load_format=dummy runs without weights")
+            held: list[str] = opened.keys()
+        for name in held:
+            if (other := files.setdefault(name, file)) != file:
+                raise ValueError(f"{folder}: {_twice(name, other, file)}; move the one that doesn't count elsewhere")
     return files
 
 
+def _twice(name: str, one: Path, other: Path) -> str:
+    where = f"{one.name} and {other.name} both hold" if one != other else f"{one.name} holds twice"
+    return f"{where} {name}"
+
+
+def _instead(folder: Path) -> str:
+    """*.safetensors, and what a folder has in their place."""
+    names = sorted(file.name for file in folder.iterdir())
+    if other := [name for name in names if name.startswith(OF_OTHERS) and name.endswith(".safetensors")]:
+        return f"*.safetensors of a whole model in transformers' format, only {listed(other, 3)}"
+    if other := [name for name in names if name.endswith(OTHER_FORMATS)]:
+        return f"*.safetensors, only {listed(other, 3)}: load it with transformers and save_pretrained it elsewhere"
+    return "*.safetensors"
+
+
 def _weight_map(index: Path) -> dict[str, str]:
+    check_no_pointer(index)
     try:
         files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return files
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {name: str(file) for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} cannot be read: {error!r}") from error
 
 
@@ -192,4 +275,4 @@ def _canonical(name: str) -> str:
 
 
 def _is_redundant(name: str, arch: Architecture) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and arch.tie_word_embeddings)
+    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and arch.tie_word_embeddings)

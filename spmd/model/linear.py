@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spmd.messages import show
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OTHER_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 FBGEMM_ENGINES = ("x86", "fbgemm")  # PyTorch's quantized engines that have it
 TINY = 2.0**-25  # half of float16's smallest number
 
@@ -146,6 +150,24 @@ def _packed(matrix: Tensor, rows: int) -> Weight:
 def _fits_half(weight: Tensor) -> bool:
     """Whether float16 holds the weights, as it does a bfloat16 checkpoint's: exactly, but for tiny ones' last bits."""
     return bool((weight.half().float() - weight).abs().max() <= TINY)
+
+
+def stored_dtype(name: Any, asked: str = "auto") -> torch.dtype:
+    """The dtype of that name in config.json; float32 where it names none, or leaves it to the reader.
+
+    Args:
+        asked: model.dtype, which counts where the name is none that a weight here can have.
+
+    Raises:
+        ValueError: neither can be.
+    """
+    if name in (None, "auto"):
+        return torch.float32
+    plain = str(name).lower().removeprefix("torch.")
+    stored = DTYPES.get(OTHER_NAMES.get(plain, plain), DTYPES.get(asked))
+    if stored is None:
+        raise ValueError(f"dtype={show(name)} is not one of {', '.join(DTYPES)}: model.dtype=bfloat16 names another")
+    return stored
 
 
 def computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
