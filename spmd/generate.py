@@ -83,9 +83,13 @@ def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> Non
             print(f"resumed: {earlier} more rows were done by earlier runs")
     else:
         print(f"nothing to do: all {earlier} rows were done by earlier runs")
+    if reader.prioritized and files.settings.scheduler.policy == "fcfs":
+        print(f"priority: not looked at in {reader.prioritized:,} rows; scheduler.policy=priority does")
     if unused:
         print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.paths.unused}")
     print(f"answers: {files.output}")
+    if files.errors:
+        print(f"errors: {files.errors}")
     if metrics:
         print(f"figures: {write_json(metrics, files.output)}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from spmd.api.reader import Reader, check_input, count_lines, input_digest
+from spmd.api.reader import Reader, check_input, count_lines, input_digest, names_like_numbers
 from spmd.api.rows import RowParser
 from spmd.config import Config
 from spmd.journal.fingerprint import fingerprint
@@ -51,6 +51,7 @@ class Files:
         self.topology = topology
         self.input, output = check_paths(settings)
         self.output = shard_output(output, settings.shard)
+        self.errors = settings.errors and shard_output(settings.errors, settings.shard)
         self.journal: Journal | None = None
         self.part: PartWriter | None = None
 
@@ -61,7 +62,7 @@ class Files:
             return None
         job, again = _job()
         header = {"identity": _identity(self.settings), "model.path": self.settings.model.path, "job": job}
-        self.journal = Journal(self.output, self.input, header, self.settings.resume, again)
+        self.journal = Journal(self.output, self.input, header, self.settings.resume, again, errors=self.errors)
         return Task(size, self.journal.known, self.journal.header, datetime.now())
 
     def facts(self, task: Task) -> dict[str, str]:
@@ -70,9 +71,13 @@ class Files:
         return found | {name: str(value) for name, value in _identity(self.settings).items()}
 
     def reader(self, task: Task, parser: RowParser | None = None) -> Reader:
-        """The input from its first row on; without a parser none of its rows can be had."""
+        """The input from its first row on; without a parser none of its rows can be had.
+
+        With one the loop is near, whose ticks are short: what takes a look at the whole file is done before.
+        """
         identity = json.dumps(task.header["identity"], sort_keys=True)
-        return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.settings.shard)
+        names = names_like_numbers(self.input, task.size) if parser else None
+        return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.settings.shard, names)
 
     def complete(self, task: Task) -> Reader | None:
         """A reader that has met all rows, if none of them is left to answer. On rank 0."""

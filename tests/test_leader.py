@@ -27,7 +27,7 @@ class Judged:
         self.lines: list[dict[str, Any]] = []
         self.leader = Leader(TOKENIZER, "tested", Metrics(), lambda _, line, *key: self.lines.append(json.loads(line)))
         self.request = Request(0, 0, [*PROMPT], SamplingParams(temperature=0.0, **params))
-        self.leader.open(Job(0, "a", COMPLETIONS, [self.request], PROMPT, return_token_ids=True))
+        self.leader.open(Job(0, "a", COMPLETIONS, [self.request], [PROMPT], return_token_ids=True))
         self.judged = 0
 
     def token(self, token: int) -> bool:
