@@ -116,7 +116,9 @@ class SchedulerConfig:
         least=1,
     )
     policy: str = key(
-        "fcfs", "Who is admitted first: in the order of the input, or by the rows' priority (smaller is earlier).",
+        "fcfs",
+        "Who is admitted first: in the order of the input, or by the rows' priority (smaller is earlier), of the "
+        "2 * max_num_seqs rows that a replica has read ahead.",
         choices=("fcfs", "priority"),
     )  # fmt: skip
     prefix_caching: bool = key(True, "Prompts that begin alike share the KV blocks of what they have in common.")
@@ -240,6 +242,7 @@ class Config:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     input: str | None = key(None, "The file of rows, one JSON object a line.")
     output: str | None = key(None, "The file of answers.")
+    errors: str | None = key(None, "A file of those answers that are errors, beside the output. null: none.")
     input_workers: int | None = key(
         None, "Processes a node that tokenize rows ahead. null: half of the cores that its ranks leave, 1 to 16.",
         least=1,

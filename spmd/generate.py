@@ -6,12 +6,12 @@ torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.pat
 from time import monotonic, perf_counter
 from typing import Any
 
+from spmd.api.reader import Reader
 from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
 from spmd.intake.feeder import Feeder
 from spmd.intake.source import PreparedRows
-from spmd.journal.key_table import KeyTable
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
@@ -42,7 +42,7 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder) -> 
         complete = together(topology, lambda: files.complete(snapshot) if topology.rank == 0 else None)
         if from_rank_0(topology, complete is not None):
             if complete:
-                _finish(files, complete.done)
+                _finish(files, complete)
             return
         agree(together(topology, lambda: files.facts(snapshot)))
         worker = start(settings, topology, stop)
@@ -57,7 +57,7 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder) -> 
                 f"start again with output={config.output} to go on"
             )
         elif metrics:
-            _finish(files, rows.done, metrics)
+            _finish(files, rows, metrics)
 
 
 def _answer(worker: Worker, rows: PreparedRows, tokenizer: Any, files: RunFiles) -> Metrics | None:
@@ -75,21 +75,25 @@ def _answer(worker: Worker, rows: PreparedRows, tokenizer: Any, files: RunFiles)
     return metrics
 
 
-def _finish(files: RunFiles, met: KeyTable, metrics: Metrics | None = None) -> None:
+def _finish(files: RunFiles, reader: Reader | PreparedRows, metrics: Metrics | None = None) -> None:
     """Put the output together and tell of it, on rank 0; without metrics no rank had anything to do."""
     assert files.journal
     parts, done = (files.topology.dp, metrics.rows_ok + metrics.rows_failed) if metrics else (0, 0)
-    unused = files.journal.finish(parts, met, done, files.settings.output_order == "completion")
-    earlier = f"{met.num_set:,}"
+    unused = files.journal.finish(parts, reader.done, done, files.settings.output_order == "completion")
+    earlier = f"{reader.done.num_set:,}"
     if metrics:
         print(table(metrics))
-        if met.num_set:
+        if reader.done.num_set:
             print(f"resumed: {earlier} more rows were done by earlier runs")
     else:
         print(f"nothing to do: all {earlier} rows were done by earlier runs")
+    if reader.prioritized and files.settings.scheduler.policy == "fcfs":
+        print(f"priority: not looked at in {reader.prioritized:,} rows; scheduler.policy=priority does")
     if unused:
         print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.paths.unused}")
     print(f"answers: {files.output}")
+    if files.errors:
+        print(f"errors: {files.errors}")
     if metrics:
         print(f"figures: {write_json(metrics, files.output)}")
 

@@ -18,7 +18,7 @@ from spmd.api.rows import BadRow, RowParser
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.config_checks import check, warnings
-from spmd.journal.paths import Paths, shard_output
+from spmd.journal.paths import Paths, check_errors, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
@@ -70,6 +70,8 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "input", _input(config.input, parser, config.shard)
     if config.output is not None:
         yield "output", [_output(shard_output(config.output, config.shard), config.input)]
+        if config.errors is not None:
+            yield "errors", [_errors(shard_output(config.errors, config.shard), config)]
     yield "logs", [_logs(config)]
 
 
@@ -195,6 +197,12 @@ def _output(output: str, input: str | None) -> str:
     free = _writable(paths.output.parent, f"output={output}")
     earlier = "; answers of an earlier run are there" if paths.folder.exists() or paths.output.exists() else ""
     return f"{output}: {readable(free)} free{earlier}"
+
+
+def _errors(errors: str, config: Config) -> str:
+    assert config.output is not None
+    path = check_errors(errors, Paths.of(shard_output(config.output, config.shard)), config.input)
+    return f"{errors}: {readable(_writable(path.parent, f'errors={errors}'))} free"
 
 
 def _logs(config: Config) -> str:

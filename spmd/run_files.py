@@ -51,6 +51,7 @@ class RunFiles:
         self.topology = topology
         self.input, output = check_paths(settings)
         self.output = shard_output(output, settings.shard)
+        self.errors = settings.errors and shard_output(settings.errors, settings.shard)
         self.journal: Journal | None = None
         self.part: PartWriter | None = None
 
@@ -61,7 +62,7 @@ class RunFiles:
             return None
         job, again = _job()
         header = {"identity": _identity(self.settings), "model.path": self.settings.model.path, "job": job}
-        self.journal = Journal(self.output, self.input, header, self.settings.resume, again)
+        self.journal = Journal(self.output, self.input, header, self.settings.resume, again, errors=self.errors)
         return Snapshot(size, self.journal.known, self.journal.header, datetime.now())
 
     def facts(self, snapshot: Snapshot) -> dict[str, str]:

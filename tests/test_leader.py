@@ -27,7 +27,7 @@ class Judged:
         self.lines: list[dict[str, Any]] = []
         self.leader = Leader(TOKENIZER, "tested", Metrics(), lambda _, line, *key: self.lines.append(json.loads(line)))
         self.request = Request(0, 0, [*PROMPT], SamplingParams(temperature=0.0, **params))
-        self.leader.open(Job(0, "a", COMPLETIONS, [self.request], PROMPT, return_token_ids=True))
+        self.leader.open(Job(0, "a", COMPLETIONS, [self.request], [PROMPT], return_token_ids=True))
         self.judged = 0
 
     def token(self, token: int) -> bool:
@@ -131,7 +131,7 @@ def test_a_tokenizer_that_fails_fails_one_choice_and_so_its_row() -> None:
     lines: list[str] = []
     leader = Leader(Fails(), "tested", Metrics(), lambda _, line, *key: lines.append(line))
     requests = [Request(0, choice, [*PROMPT], SamplingParams(temperature=0.0, max_tokens=1)) for choice in range(2)]
-    leader.open(Job(0, "a", COMPLETIONS, requests, PROMPT))
+    leader.open(Job(0, "a", COMPLETIONS, requests, [PROMPT]))
     plan = Plan(0, sampled=requests, sample_positions=[len(PROMPT)] * 2)
     leader.judge(plan, sampled(plan, 40))
     for request in requests:

@@ -12,6 +12,7 @@ from typing import Any
 from spmd.api.choices import Completion
 from spmd.api.rows import BadRow, Job
 from spmd.api.tokenizer import output_text
+from spmd.journal.format import one_line
 from spmd.schedule.request import Request, TokenLogprobs
 
 
@@ -44,7 +45,7 @@ def answer_line(job: Job, completions: Sequence[Completion], model: str, tokeniz
     `model` is the one that ran, whatever the row named.
     """
     endpoint, digest = job.endpoint, _digest(job.custom_id)
-    prompt_tokens, output_tokens = len(job.prompt_token_ids), sum(len(c.token_ids) for c in completions)
+    prompt_tokens, output_tokens = sum(map(len, job.prompts)), sum(len(c.token_ids) for c in completions)
     body = {
         "id": f"{endpoint.id_prefix}-{digest}",
         "object": endpoint.object,
@@ -64,23 +65,30 @@ def answer_line(job: Job, completions: Sequence[Completion], model: str, tokeniz
 
 
 def error_line(row: BadRow) -> str:
-    """The line (without newline) that says why a row has no answer."""
-    return _line(row.custom_id, error={"code": row.code, "message": row.message})
+    """The line (without newline) that says why a row has no answer, as those of OpenAI's file of errors.
+
+    Clients look at `response.status_code`, or at `error`; so both are there.
+    """
+    error = {"message": row.message, "type": "invalid_request_error", "param": None, "code": row.code}
+    response = {"status_code": 400, "request_id": f"req_{_digest(row.custom_id)}", "body": {"error": error}}
+    return _line(row.custom_id, response, error={"code": row.code, "message": row.message})
 
 
 def _add_token_ids(body: dict[str, Any], job: Job, completions: Sequence[Completion]) -> None:
-    """Each choice gets its own; the prompt's stand in the body and, at some endpoints, also in each choice."""
-    body["prompt_token_ids"] = job.prompt_token_ids
+    """Each choice gets its own; a prompt's stand in the body if it is alone, and at some endpoints in choices, too."""
+    if len(job.prompts) == 1:
+        body["prompt_token_ids"] = job.prompts[0]
+    n = len(completions) // len(job.prompts)
     for choice, completion in zip(body["choices"], completions, strict=True):
         choice["token_ids"] = list(completion.token_ids)
         if job.endpoint.prompt_ids_in_choices:
-            choice["prompt_token_ids"] = job.prompt_token_ids
+            choice["prompt_token_ids"] = job.prompts[choice["index"] // n]
 
 
 def _digest(custom_id: str) -> str:
     return blake2b(custom_id.encode(), digest_size=16).hexdigest()
 
 
-def _line(custom_id: str, response: dict[str, Any] | None = None, error: dict[str, Any] | None = None) -> str:
+def _line(custom_id: str, response: dict[str, Any], error: dict[str, Any] | None = None) -> str:
     line = {"id": f"batch_req_{_digest(custom_id)}", "custom_id": custom_id, "response": response, "error": error}
-    return json.dumps(line, ensure_ascii=False, allow_nan=False)
+    return one_line(json.dumps(line, ensure_ascii=False, allow_nan=False).encode()).decode()

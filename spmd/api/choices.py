@@ -1,9 +1,11 @@
 """One finished choice of an answer, and how chat and text completions show it: the formats of vLLM's server."""
 
-from collections.abc import Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spmd.api.token_bytes import UNFINISHED, token_bytes
 from spmd.schedule.request import TokenLogprobs
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
@@ -49,7 +51,7 @@ def _chat_logprobs(completion: Completion, tokenizer: Any) -> dict[str, Any] | N
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = _token_text(tokenizer, token)
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(_bytes(tokenizer, token, text))}
 
     content = [
         entry(token, at.logprob) | {"top_logprobs": [entry(*likely) for likely in at.top]}
@@ -59,19 +61,36 @@ def _chat_logprobs(completion: Completion, tokenizer: Any) -> dict[str, Any] | N
 
 
 def _text_logprobs(completion: Completion, tokenizer: Any) -> dict[str, Any] | None:
-    """Four lists with one item a token; an offset is in characters from the beginning of the output."""
+    """Four lists with one item a token; an offset is in characters from the beginning of the output.
+
+    Where several of the likeliest tokens have the same text, the first of them stands for all, and the sampled token
+    for all that are like it.
+    """
     if completion.logprobs is None:
         return None
     tokens = [_token_text(tokenizer, token) for token in completion.token_ids]
-    offsets = [0]
-    for token in tokens:
-        offsets.append(offsets[-1] + len(token))
     logprobs = [max(at.logprob, LEAST_LOGPROB) for at in completion.logprobs]
     tops = []
     for token, logprob, at in zip(tokens, logprobs, completion.logprobs, strict=True):
-        likeliest = {_token_text(tokenizer, likely): max(value, LEAST_LOGPROB) for likely, value in at.top}
-        tops.append({token: logprob} | likeliest)
-    return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets[:-1]}
+        top = {token: logprob}
+        for likely, value in at.top:
+            top.setdefault(_token_text(tokenizer, likely), max(value, LEAST_LOGPROB))
+        tops.append(top)
+    offsets = list(_offsets(tokenizer, zip(completion.token_ids, tokens, strict=True)))
+    return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _offsets(tokenizer: Any, tokens: Iterable[tuple[int, str]]) -> Iterator[int]:
+    """Where in the output each token, given with its text, begins: one within a character, where that begins."""
+    at, reader = 0, getincrementaldecoder("utf-8")("replace")
+    for token, text in tokens:
+        if UNFINISHED in text:
+            yield at
+            at += len(reader.decode(_bytes(tokenizer, token, text)))
+        else:
+            at += len(reader.decode(b"", final=True))  # of a character that went no further
+            yield at
+            at += len(text)
 
 
 def _token_text(tokenizer: Any, token: int) -> str:
@@ -79,3 +98,7 @@ def _token_text(tokenizer: Any, token: int) -> str:
         return f"token_id:{token}"  # vLLM's name for a token that has no text
     text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     return text
+
+
+def _bytes(tokenizer: Any, token: int, text: str) -> bytes:
+    return text.encode() if tokenizer is None else token_bytes(tokenizer, token, text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmd.api.choices import Completion, chat_choice, text_choice
-from spmd.api.prompts import chat_prompt, text_prompt
+from spmd.api.prompts import TEMPLATE_KEYS, chat_prompts, text_prompts
 from spmd.api.sampling_keys import NEUTRAL, boolean, check_sampling, integer
 
 COMMON_KEYS = frozenset({*NEUTRAL, "max_completion_tokens", "priority", "return_token_ids", "add_special_tokens"})
@@ -25,8 +25,8 @@ class Endpoint:
     object: str  # the answer body's "object"
     id_prefix: str  # of the answer body's "id"
     prompt_ids_in_choices: bool  # with return_token_ids: whether each choice repeats the prompt's, as vLLM has it
-    # (body, tokenizer, vocab_size) -> the prompt's token ids, at least one; ValueError: it can't be had, and why.
-    prompt: Callable[[Mapping[str, Any], Any, int], list[int]]
+    # (body, tokenizer, vocab_size) -> token ids of each prompt, at least one; ValueError: they can't be had, and why.
+    prompts: Callable[[Mapping[str, Any], Any, int], list[list[int]]]
     # (body, vocab_size) -> the sampling keys of the body, checked and named as in NEUTRAL; ValueError: key and limit.
     sampling: Callable[[Mapping[str, Any], int], dict[str, Any]]
     # (number of the choice, choice, tokenizer) -> the choice in the answer, for JSON.
@@ -65,7 +65,7 @@ COMPLETIONS = Endpoint(
     object="text_completion",
     id_prefix="cmpl",
     prompt_ids_in_choices=True,
-    prompt=text_prompt,
+    prompts=text_prompts,
     sampling=_text_sampling,
     choice=text_choice,
 )
@@ -73,11 +73,12 @@ CHAT = Endpoint(
     url="/v1/chat/completions",
     prompt_key="messages",
     keys=COMMON_KEYS
-    | {"messages", "top_logprobs", "chat_template_kwargs", "continue_final_message", "add_generation_prompt"},
+    | {"messages", "top_logprobs", "chat_template_kwargs", "continue_final_message", "add_generation_prompt"}
+    | TEMPLATE_KEYS.keys(),
     object="chat.completion",
     id_prefix="chatcmpl",
     prompt_ids_in_choices=False,
-    prompt=chat_prompt,
+    prompts=chat_prompts,
     sampling=_chat_sampling,
     choice=chat_choice,
 )

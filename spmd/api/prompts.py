@@ -1,6 +1,8 @@
-"""The prompt of a row as token ids: given as such, tokenized from text, or rendered by the chat template."""
+"""The prompts of a row as token ids: given as such, tokenized from text, or rendered by the chat template."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spmd.api.sampling_keys import boolean, token_ids
@@ -13,43 +15,69 @@ RESERVED = {
 }
 
 
-def text_prompt(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
-    """Token ids of `prompt`, at least one: as given, or of a text, with special tokens unless the row says otherwise.
+TEXT_PARTS = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}  # where the text of a kind of part is
+ASKS_FOR_NULL = re.compile(r"content(?:['\"]\])? is (?:not )?none")
+
+
+def text_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """Token ids of each prompt in `prompt`, at least one: a text, token ids, or a list of such.
+
+    Text gets special tokens unless the row says otherwise; token ids are taken as they are.
 
     Raises:
-        ValueError: names what is wrong with the prompt, or why it could not be tokenized.
+        ValueError: names what is wrong with a prompt, or why it could not be tokenized.
     """
     prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt):
+        named = {f"prompt[{place}]": one for place, one in enumerate(prompt)}
+    else:
+        named = {"prompt": prompt}
+    return [_text_prompt(name, one, body, tokenizer, vocab_size) for name, one in named.items()]
+
+
+def _text_prompt(name: str, prompt: Any, body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
     if isinstance(prompt, str):
-        return _checked(_encode(prompt, body, tokenizer, special=True), vocab_size)
-    if isinstance(prompt, list):
-        return _checked(list(token_ids("prompt", prompt, vocab_size)), vocab_size)
-    raise ValueError(f"prompt must be a string or a list of token ids, not {show(prompt)}")
+        return _checked(name, _encode(name, prompt, body, tokenizer, special=True), vocab_size)
+    if not isinstance(prompt, list):
+        raise ValueError(f"prompt must be a string, a list of token ids or a list of such, not {show(prompt)}")
+    if boolean("add_special_tokens", body.get("add_special_tokens", False)):
+        raise ValueError(f"add_special_tokens=true needs text, and {name} is token ids: write special tokens there")
+    return _checked(name, list(token_ids(name, prompt, vocab_size)), vocab_size)
 
 
-def chat_prompt(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
-    """Token ids of `messages` as the chat template writes them, at least one.
+def chat_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """The one prompt of a chat row: token ids of `messages` as the chat template writes them, at least one.
 
     As in vLLM's server, `add_special_tokens` is by default false here, for the template writes them.
 
     Raises:
         ValueError: names what is wrong with the messages, or why they could not be rendered or tokenized.
     """
-    return _checked(_encode(_render(body, tokenizer), body, tokenizer, special=False), vocab_size)
+    ids = _encode("prompt", _render(body, tokenizer), body, tokenizer, special=False)
+    return [_checked("prompt", ids, vocab_size)]
 
 
-def _checked(ids: list[int], vocab_size: int) -> list[int]:
+def _checked(name: str, ids: list[int], vocab_size: int) -> list[int]:
     if not ids:
-        raise ValueError("the prompt is empty")
+        raise ValueError(_empty(name))
     if max(ids) >= vocab_size:
         raise ValueError(f"the tokenizer gave the id {max(ids)}, outside of the model's vocabulary of {vocab_size}")
     return ids
 
 
-def _encode(text: str, body: Mapping[str, Any], tokenizer: Any, special: bool) -> list[int]:
+def _empty(name: str) -> str:
+    return "the prompt is empty" if name == "prompt" else f"{name} is empty"
+
+
+def _encode(name: str, text: str, body: Mapping[str, Any], tokenizer: Any, special: bool) -> list[int]:
     """`special`: whether to add special tokens where the body doesn't say."""
     if not text:
-        raise ValueError("the prompt is empty")
+        raise ValueError(_empty(name))
     if tokenizer is None:
         raise ValueError("the prompt is text, but the model has no tokenizer: give token ids or set model.tokenizer")
     if (given := body.get("add_special_tokens")) is not None:
@@ -62,7 +90,20 @@ def _encode(text: str, body: Mapping[str, Any], tokenizer: Any, special: bool) -
 
 
 def _render(body: Mapping[str, Any], tokenizer: Any) -> str:
-    messages = _messages(body.get("messages"))
+    arguments = _template_arguments(body)
+    if (template := getattr(tokenizer, "chat_template", None)) is None:
+        raise ValueError("messages need a chat template, and the tokenizer has none: use 'prompt'")
+    missing = None if ASKS_FOR_NULL.search(str(template)) else ""
+    messages = _messages(body.get("messages"), missing)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        return text
+    except Exception as error:  # templates raise what they like, Jinja's errors and Python's
+        raise ValueError(f"the chat template failed: {first_line(error)}") from error
+
+
+def _template_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Of apply_chat_template."""
     arguments = body.get("chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"chat_template_kwargs must be an object, not {show(arguments)}")
@@ -72,34 +113,109 @@ def _render(body: Mapping[str, Any], tokenizer: Any) -> str:
     generate = boolean("add_generation_prompt", body.get("add_generation_prompt", not proceed))
     if proceed and generate:
         raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("messages need a chat template, and the tokenizer has none: use 'prompt'")
-    arguments = {"add_generation_prompt": generate, "continue_final_message": proceed} | arguments
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
-        return text
-    except Exception as error:  # templates raise what they like, Jinja's errors and Python's
-        raise ValueError(f"the chat template failed: {first_line(error)}") from error
+    variables = {key: check(key, body[key]) for key, check in TEMPLATE_KEYS.items() if key in body}
+    return {"add_generation_prompt": generate, "continue_final_message": proceed} | variables | arguments
 
 
-def _messages(messages: Any) -> list[dict[str, Any]]:
+def _messages(messages: Any, missing: str | None) -> list[dict[str, Any]]:
+    """The messages as a template takes them, content that is null as `missing`.
+
+    As in vLLM: other keys that are null, and tool_calls that are empty, count as not given, for templates ask whether
+    they are there.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a non-empty list, not {show(messages)}")
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"messages[{place}] must be an object, not {show(message)}")
-        if not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{place}].role must be a string, not {show(message.get('role'))}")
-    return [message | {"content": _content(place, message.get("content"))} for place, message in enumerate(messages)]
+    return [_message(f"messages[{place}]", message, missing) for place, message in enumerate(messages)]
 
 
-def _content(place: int, content: Any) -> str | None:
+def _message(name: str, message: Any, missing: str | None) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{name} must be an object, not {show(message)}")
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"{name}.role must be a string, not {show(message.get('role'))}")
+    content = _content(name, message.get("content"))
+    given = {key: value for key, value in message.items() if value is not None}
+    given["content"] = missing if content is None else content
+    calls = given.pop("tool_calls", None)
+    if isinstance(calls, list):
+        calls = [_tool_call(f"{name}.tool_calls[{place}]", call) for place, call in enumerate(calls)]
+    return given | {"tool_calls": calls} if calls else given
+
+
+def _content(name: str, content: Any) -> str | None:
     """A message's text; parts are joined by newlines, as vLLM does for templates that take strings."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"messages[{place}].content must be a string or a list of parts, not {show(content)}")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"messages[{place}].content holds {show(part)}: only text parts are supported")
-    return "\n".join(part["text"] for part in content)
+        raise ValueError(f"{name}.content must be a string or a list of parts, not {show(content)}")
+    return "\n".join(_part(name, part) for part in content)
+
+
+def _part(name: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
+    if not isinstance(text, str):
+        raise ValueError(f"{name}.content holds {show(part)}: only text parts are supported")
+    return text
+
+
+class Arguments(dict[str, Any]):
+    """Arguments of a tool call: an object to templates that write JSON, its text to those that concatenate strings.
+
+    Most templates (Qwen, Llama 3, Hermes) write them with `tojson`; DeepSeek's join the text that OpenAI's format has.
+    """
+
+    text = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __add__(self, other: str) -> str:
+        return self.text + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self.text
+
+
+def _tool_call(name: str, call: Any) -> Any:
+    """A tool call with its arguments, in OpenAI's format a text of JSON, as an object, as vLLM's server has them."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    text = function.get("arguments") or "{}"
+    if not isinstance(text, str):
+        return call
+    where = f"{name}.function.arguments"
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}={show(text)} is not valid JSON: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={show(text)} must be a JSON object")
+    arguments = Arguments(values)
+    arguments.text = text
+    done = function | {"arguments": arguments}
+    return call | {"function": done} if "function" in call else done
+
+
+def _string(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be a string, not {show(value)}")
+    return value
+
+
+def _objects(key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise ValueError(f"{key} must be a list of objects, not {show(value)}")
+    return value
+
+
+# Keys of a chat row that are variables of its template: documents and reasoning_effort as in vLLM's server;
+# enable_thinking is one of Qwen3's template and its relatives, which other servers take beside the messages, too.
+TEMPLATE_KEYS: dict[str, Callable[[str, Any], Any]] = {
+    "documents": _objects,
+    "enable_thinking": boolean,
+    "reasoning_effort": _string,
+}

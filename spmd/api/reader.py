@@ -1,18 +1,20 @@
 """The input file as a source of jobs: every rank reads all of it, and builds the rows of its own replica only."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
-from spmd.api.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, load
+from spmd.api.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, has_priority, load, number_name
 from spmd.api.source import SKIPPED, Skipped, num_requests, skipped
 from spmd.integers import digest64
 from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
 
 BLOCK = 2**20  # bytes
+NAMED_LIKE_A_NUMBER = re.compile(rb'"custom_id"\s*:\s*"(row-(\d+)_*)"')
 
 
 class Found(NamedTuple):
@@ -29,7 +31,8 @@ class Reader:
 
     Rows are numbered from 0 without blank lines. All ranks agree on duplicates: the first row with a custom_id keeps
     it, whether or not it can be answered, and later ones are bad rows. This takes an 8-byte digest of each id in a
-    set, about 90 bytes a row (18 MB for 200,000 rows).
+    set, about 90 bytes a row (18 MB for 200,000 rows). A row without custom_id is named by its number, `row-7`, with a
+    `_` behind it for as long as another row of the input bears that name; so the names are looked for beforehand.
 
     Rows that an earlier run has done are passed over. A row's key is a digest of its content, its id, and of what
     else shapes the answer (`identity`), so a changed row, model or sampling is answered anew. A row whose custom_id is
@@ -65,6 +68,8 @@ class Reader:
         self.shard, self.shards = shard or (0, 1)
         self.consumed = 0  # bytes
         self.rows = 0  # so far, of all replicas and shards
+        self.prioritized = 0  # of those to answer: rows with a priority
+        self._names: set[str] | None = None  # see `names_like_numbers`; None: nobody asked yet
         self._to_do = (found for found in self.read() if found.place < 0)
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
@@ -84,7 +89,7 @@ class Reader:
         for line in self._lines():
             index = self.rows
             self.rows += 1
-            row = load(line, index)
+            row = load(line, index, self._name)
             custom_id = row.custom_id.encode()
             digest = digest64(custom_id)
             duplicate = digest in seen
@@ -101,19 +106,55 @@ class Reader:
             place = self.done.find(key)
             if place >= 0:
                 self.done.put(place, index)
+            else:
+                self.prioritized += isinstance(row, Row) and has_priority(row)
             yield Found(row, line, key, place)
 
+    def _name(self, index: int) -> str:
+        """Of a row without custom_id."""
+        if self._names is None:
+            self._names = names_like_numbers(self.path, self.size)
+        name = number_name(index)
+        while name in self._names:
+            name += "_"
+        return name
+
     def _lines(self) -> Iterator[bytes]:
-        """Lines that are not blank; of one that is too long, enough to be found so."""
-        with open(self.path, "rb") as file:
-            while self.consumed < self.size and (line := file.readline(MAX_LINE_BYTES + 1)):
-                self.consumed += len(line)
-                rest = line
-                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                    rest = file.readline(MAX_LINE_BYTES + 1)
-                    self.consumed += len(rest)
-                if not line.isspace():
-                    yield line
+        for line, size in _lines(self.path, self.size):
+            self.consumed += size
+            yield line
+
+
+def _lines(path: str, size: int) -> Iterator[tuple[bytes, int]]:
+    """Lines within the first `size` bytes that aren't blank, and how far each goes on from the one before, in bytes.
+
+    Of one that is too long, enough to be found so.
+    """
+    consumed = before = 0
+    with open(path, "rb") as file:
+        while consumed < size and (line := file.readline(MAX_LINE_BYTES + 1)):
+            consumed += len(line)
+            rest = line
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES + 1)
+                consumed += len(rest)
+            if not line.isspace():
+                yield line, consumed - before
+                before = consumed
+
+
+def names_like_numbers(path: str, size: int) -> set[str]:
+    """Those that rows bear as if they were called by their numbers, but for rows that have these numbers.
+
+    A name that is written with escapes isn't seen; then the second row of that name is a duplicate.
+    """
+    names = set()
+    for index, (line, _) in enumerate(_lines(path, size)):
+        if b'"row-' in line:
+            for name, number in NAMED_LIKE_A_NUMBER.findall(line):
+                if int(number[:20]) != index:
+                    names.add(name.decode())
+    return names
 
 
 def check_input(path: str) -> int:

@@ -7,7 +7,7 @@ knows is an error too (vLLM ignores it): a mistyped `temprature` would otherwise
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +21,47 @@ MAX_LINE_BYTES = 16 * 2**20  # a prompt of a million token ids takes about half 
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body", "metadata"})
 BODY_KEYS = frozenset[str]().union(*(endpoint.keys for endpoint in ENDPOINTS))
 PROMPT_KEYS = tuple(dict.fromkeys(endpoint.prompt_key for endpoint in ENDPOINTS))
-IGNORED_KEYS = frozenset({"model", "user", "metadata", "store", "service_tier", "safety_identifier", "stream_options"})
-# What this engine cannot do, with the value that doesn't ask for it.
-UNSUPPORTED: dict[str, Any] = {
-    "stream": False,
-    "echo": False,
-    "best_of": 1,
-    "use_beam_search": False,
-    "suffix": "",
-    "tools": [],
-    "tool_choice": "none",
-    "response_format": {"type": "text"},
-    "length_penalty": 1.0,
-    "spaces_between_special_tokens": True,
+# What changes no answer of a model of one's own: whose row it is, how it is served, and tools where there are none.
+IGNORED_KEYS = frozenset(
+    {
+        *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "stream_options", "verbosity"),
+        *("prompt_cache_key", "prompt_cache_retention", "prediction", "request_id", "cache_salt"),
+        *("parallel_tool_calls",),
+    }
+)
+# What this engine cannot do, with the values that don't ask for it.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "echo": (False,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "length_penalty": (1.0,),
+    "spaces_between_special_tokens": (True,),
+    "include_reasoning": (True,),
+    "return_tokens_as_token_ids": (False,),
+    "chat_template": (),
 }
+INSTEAD = {"tools": "tools for the template may stand in chat_template_kwargs"}
+MOST_CHOICES = 2048  # of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +86,13 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row to answer: one request for each of its n choices, which differ only in `choice` and random stream."""
+    """A row to answer: one request for each choice, n to a prompt, which differ only in `choice` and random stream."""
 
     index: int
     custom_id: str
     endpoint: Endpoint  # what kind of request it is
-    requests: list[Request]
-    prompt_token_ids: list[int]
+    requests: list[Request]  # prompt by prompt
+    prompts: list[list[int]]  # token ids
     return_token_ids: bool = False
     key: int | None = None  # digest of the row's content, see `spmd.api.reader`
 
@@ -115,15 +142,26 @@ class RowParser:
                 raise ValueError(f"stop={show(values['stop'])} needs a tokenizer, and the model has none")
             priority = integer(INT64_MIN)("priority", body.get("priority", 0))
             return_token_ids = boolean("return_token_ids", body.get("return_token_ids", False))
-            prompt = endpoint.prompt(body, self.tokenizer, self.vocab_size)
-            available = min(self.max_model_len, self.capacity) - len(prompt)
-            if available < 1:
-                return BadRow(row.index, row.custom_id, self._too_long(len(prompt)), "context_length_exceeded")
-            params = sampling_params(values, available, row.custom_id, self.eos_token_ids)
+            prompts = endpoint.prompts(body, self.tokenizer, self.vocab_size)
+            if (count := len(prompts) * values["n"]) > MOST_CHOICES:
+                raise ValueError(f"{len(prompts)} prompts with n={values['n']} are {count}, at most {MOST_CHOICES}")
+            if min(self.max_model_len, self.capacity) <= (longest := max(map(len, prompts))):
+                return BadRow(row.index, row.custom_id, self._too_long(longest), "context_length_exceeded")
+            requests = [*self._requests(row, values, prompts, priority)]
         except ValueError as error:
             return BadRow(row.index, row.custom_id, str(error))
-        requests = [Request(row.index, choice, prompt.copy(), p, priority) for choice, p in enumerate(params)]
-        return Job(row.index, row.custom_id, endpoint, requests, prompt, return_token_ids)
+        return Job(row.index, row.custom_id, endpoint, requests, prompts, return_token_ids)
+
+    def _requests(
+        self, row: Row, values: Mapping[str, Any], prompts: list[list[int]], priority: int
+    ) -> Iterator[Request]:
+        """One for each choice, which are counted through the prompts, as in vLLM's server."""
+        choice = 0
+        for prompt in prompts:
+            available = min(self.max_model_len, self.capacity) - len(prompt)
+            for params in sampling_params(values, available, row.custom_id, self.eos_token_ids, choice):
+                yield Request(row.index, choice, prompt.copy(), params, priority)
+                choice += 1
 
     def _too_long(self, length: int) -> str:
         if self.max_model_len <= self.capacity:
@@ -133,26 +171,39 @@ class RowParser:
         return f"the prompt has {length} tokens, {limit}, and at least one token of output must fit"
 
 
-def load(line: bytes, index: int) -> Row | BadRow:
-    """The JSON object of a line and its id, `row-<index>` if it has none: all that rows of other replicas need."""
-    own_id = f"row-{index}"
+def number_name(index: int) -> str:
+    """What a row without custom_id is called, where no other row bears that name."""
+    return f"row-{index}"
+
+
+def load(line: bytes, index: int, name: Callable[[int], str] = number_name) -> Row | BadRow:
+    """The JSON object of a line and its id: all that rows of other replicas need.
+
+    `name` gives the id of a row that has none of its own.
+    """
     if len(line) > MAX_LINE_BYTES:
-        return BadRow(index, own_id, f"the line has more than {MAX_LINE_BYTES} bytes", "invalid_json")
+        return BadRow(index, name(index), f"the line has more than {MAX_LINE_BYTES} bytes", "invalid_json")
     try:
         data = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        return BadRow(index, own_id, f"the line is not valid JSON: {error}", "invalid_json")
+        return BadRow(index, name(index), f"the line is not valid JSON: {error}", "invalid_json")
     if not isinstance(data, dict):
-        return BadRow(index, own_id, f"the line is not a JSON object but {show(data)}", "invalid_json")
+        return BadRow(index, name(index), f"the line is not a JSON object but {show(data)}", "invalid_json")
     custom_id = data.get("custom_id")
     if custom_id is None:
-        custom_id = own_id
+        custom_id = name(index)
     surrogates = b"\\ud" in line or b"\\uD" in line
     if not isinstance(custom_id, str) or not custom_id or (surrogates and not _is_unicode(custom_id)):
-        return BadRow(index, own_id, f"custom_id must be a non-empty string, not {show(custom_id)}")
+        return BadRow(index, name(index), f"custom_id must be a non-empty string, not {show(custom_id)}")
     if surrogates and not _is_unicode(data):
         return BadRow(index, custom_id, "the line has half of a surrogate pair (\\ud800 to \\udfff), which is no text")
     return Row(index, custom_id, data)
+
+
+def has_priority(row: Row) -> bool:
+    """Whether a row asks for a priority, well or badly."""
+    body = row.data.get("body")
+    return bool((body if isinstance(body, dict) else row.data).get("priority"))
 
 
 def _is_unicode(data: Any) -> bool:
@@ -165,41 +216,73 @@ def _is_unicode(data: Any) -> bool:
 
 def _request(data: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
     """A row's endpoint, and its body without nulls."""
+    url = None
     if data.keys() & {"body", "url", "method"}:
-        endpoint, body = _batch_request(data)
+        url, body = _batch_request(data)
     else:
         body = {key: value for key, value in data.items() if key != "custom_id"}
-        given = (endpoint for endpoint in ENDPOINTS if body.get(endpoint.prompt_key) is not None)
-        endpoint = next(given, COMPLETIONS)
-    body = {key: value for key, value in body.items() if value is not None}
+    body = _flat({key: value for key, value in body.items() if value is not None})
+    endpoint = _by_prompt(body) if url is None else _by_url(url)
     if len(prompts := [key for key in PROMPT_KEYS if key in body]) > 1:
         raise ValueError(f"the row has both {' and '.join(prompts)}")
     if endpoint.prompt_key not in body:
-        missing = f"no {endpoint.prompt_key}" if "url" in data else f"neither {' nor '.join(PROMPT_KEYS)}"
+        missing = f"neither {' nor '.join(PROMPT_KEYS)}" if url is None else f"no {endpoint.prompt_key}"
         raise ValueError(f"the row has {missing}")
     _check_keys(body, endpoint.keys)
     return endpoint, body
 
 
-def _batch_request(data: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
+def _flat(body: dict[str, Any]) -> dict[str, Any]:
+    """A body with what stands under extra_body in its place, as OpenAI's client sends it."""
+    extra = body.pop("extra_body", {})
+    if not isinstance(extra, dict):
+        raise ValueError(f"extra_body must be an object, not {show(extra)}")
+    return body | {key: value for key, value in extra.items() if value is not None}
+
+
+def _batch_request(data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Its url, null if it has none (Mistral's and Together's batches), and its body."""
     if misplaced := sorted(data.keys() & BODY_KEYS):
         raise ValueError(f"{misplaced[0]} stands beside body, not in it")
     _check_keys(data, BATCH_KEYS)
     if (method := data.get("method", "POST")) != "POST":
         raise ValueError(f"method={show(method)} must be 'POST'")
-    url, by_url = data.get("url"), {endpoint.url: endpoint for endpoint in ENDPOINTS}
-    if not isinstance(url, str) or url not in by_url:
-        raise ValueError(f"url={show(url)} must be {' or '.join(sorted(by_url))}")
+    url = data.get("url")
+    if url is not None:
+        _by_url(url)
     if not isinstance(body := data.get("body"), dict):
         raise ValueError(f"body must be an object, not {show(body)}")
-    return by_url[url], body
+    return url, body
+
+
+def _by_prompt(body: Mapping[str, Any]) -> Endpoint:
+    return next((endpoint for endpoint in ENDPOINTS if endpoint.prompt_key in body), COMPLETIONS)
+
+
+def _by_url(url: Any) -> Endpoint:
+    """The endpoint of a url, which may be a whole address, or lack /v1, as in Azure's batches."""
+    path = url.partition("?")[0].rstrip("/") if isinstance(url, str) else ""
+    for endpoint in sorted(ENDPOINTS, key=lambda endpoint: -len(endpoint.url)):
+        if path.endswith(endpoint.url.removeprefix("/v1")):
+            return endpoint
+    raise ValueError(f"url={show(url)} must be {' or '.join(sorted(endpoint.url for endpoint in ENDPOINTS))}")
 
 
 def _check_keys(body: Mapping[str, Any], known: frozenset[str]) -> None:
     for key, value in body.items():
-        if key in UNSUPPORTED and value != UNSUPPORTED[key]:
-            raise ValueError(f"{key}={show(value)} is not supported, only {json.dumps(UNSUPPORTED[key])}")
-        if key not in known and key not in IGNORED_KEYS and key not in UNSUPPORTED:
-            near = difflib.get_close_matches(key[:50], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "columns of your own may stand under 'metadata'"
-            raise ValueError(f"unknown key {show(key)}: {hint}")
+        if key in known or key in IGNORED_KEYS:
+            continue
+        if key not in UNSUPPORTED:
+            raise ValueError(f"unknown key {show(key)}: {_hint(key, known)}")
+        if value not in UNSUPPORTED[key]:
+            only = ", only " + " or ".join(map(json.dumps, UNSUPPORTED[key])) if UNSUPPORTED[key] else ""
+            instead = f": {INSTEAD[key]}" if key in INSTEAD else ""
+            raise ValueError(f"{key}={show(value)} is not supported{only}{instead}")
+
+
+def _hint(key: str, known: frozenset[str]) -> str:
+    if near := difflib.get_close_matches(key[:50], known, n=1):
+        return f"did you mean {near[0]!r}?"
+    if of := [endpoint.prompt_key for endpoint in ENDPOINTS if key in endpoint.keys]:
+        return f"rows with {' or '.join(of)} may hold it"
+    return "columns of your own may stand under 'metadata'"

@@ -175,9 +175,11 @@ def eos_tokens(generation_config: Mapping[str, Any], tokenizer: Any, vocab_size:
 
 
 def sampling_params(
-    values: Mapping[str, Any], available: int, custom_id: str, eos: tuple[int, ...]
+    values: Mapping[str, Any], available: int, custom_id: str, eos: tuple[int, ...], first: int = 0
 ) -> list[SamplingParams]:
-    """Sampling parameters of each of a row's n choices, from checked `values` that hold every key of NEUTRAL.
+    """Sampling parameters of each of a prompt's n choices, from checked `values` that hold every key of NEUTRAL.
+
+    The row's choices are counted through its prompts; `first` is this prompt's first one.
 
     `available` is how many tokens fit behind the prompt. A larger max_tokens is cut to it, as in vLLM's offline API
     (its server refuses): the answer's finish_reason is then "length".
@@ -198,7 +200,7 @@ def sampling_params(
         "top_k": max(values["top_k"], 0),
         "eos_token_ids": eos,
     }
-    streams = (random_stream(values["seed"], custom_id, choice) for choice in range(values["n"]))
+    streams = (random_stream(values["seed"], custom_id, choice) for choice in range(first, first + values["n"]))
     return [SamplingParams(**shared, stream=stream) for stream in streams]
 
 

@@ -11,13 +11,14 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 
+from spmd.api.token_bytes import UNFINISHED, decode, finished_text
 from spmd.messages import first_line
 from spmd.schedule.request import SamplingParams
 
 # Prompt tokens decoded in front of an output: SentencePiece drops the space before the first word it decodes.
 CONTEXT = 6
+MOST_CONTEXT = 24  # where fewer begin within a character
 TOKENIZER_FILES = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiece", "tekken")
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
 
 def load_tokenizer(path: str, revision: str | None = None, now: datetime | None = None) -> Any | None:
@@ -60,14 +61,32 @@ def load_generation_config(path: str, revision: str | None = None) -> dict[str, 
 
 
 def output_text(tokenizer: Any, prompt: Sequence[int], output: Sequence[int], skip_special_tokens: bool) -> str:
-    """Text of `output` where it stands: behind `prompt`. Empty without a tokenizer."""
+    """Text of `output` where it stands: behind `prompt`. Empty without a tokenizer.
+
+    A character that `output` ends in the middle of is left out, as in vLLM; one that the prompt has begun is in it.
+    """
     if tokenizer is None:
         return ""
-    context = list(prompt[-CONTEXT:])
-    before = _decode(tokenizer, context, skip_special_tokens)
-    whole = _decode(tokenizer, [*context, *output], skip_special_tokens)
-    # The prompt may end within a character that the output completes.
-    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, list(output), skip_special_tokens)
+    context = _context(tokenizer, prompt, skip_special_tokens)
+    whole = finished_text(tokenizer, [*context, *output], skip_special_tokens)
+    for text_of in (decode, finished_text):  # the prompt may end within a character that the output completes
+        before = text_of(tokenizer, context, skip_special_tokens)
+        if whole.startswith(before):
+            return whole[len(before) :]
+    return finished_text(tokenizer, output, skip_special_tokens)
+
+
+def _context(tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -> list[int]:
+    """The last tokens of a prompt, as many as are needed to begin with a whole character.
+
+    With byte fallback a broken character spoils all bytes behind it. vLLM, too, takes the shortest end of the prompt
+    whose text is without U+FFFD; where there is none, the prompt holds some itself.
+    """
+    for size in range(CONTEXT, min(len(prompt), MOST_CONTEXT) + 1):
+        context = list(prompt[-size:])
+        if UNFINISHED not in finished_text(tokenizer, context, skip_special_tokens):
+            return context
+    return list(prompt[-CONTEXT:])
 
 
 class StopChecker:
@@ -82,7 +101,7 @@ class StopChecker:
         self.text = ""  # of the output so far; ends before (or behind) the stop string once there is one
         self.num_tokens = 0
         # Tokens not yet in `text`, behind those whose text may depend on them; `shown` is the text of the latter.
-        self.tokens = list(prompt[-CONTEXT:])
+        self.tokens = _context(tokenizer, prompt, params.skip_special_tokens)
         self.shown = len(self.tokens)
 
     def push(self, token: int) -> str | None:
@@ -106,23 +125,13 @@ class StopChecker:
 
     def _new_text(self, token: int) -> str:
         self.tokens.append(token)
-        before = _decode(self.tokenizer, self.tokens[: self.shown], self.params.skip_special_tokens)
-        whole = _decode(self.tokenizer, self.tokens, self.params.skip_special_tokens)
+        before = decode(self.tokenizer, self.tokens[: self.shown], self.params.skip_special_tokens)
+        whole = decode(self.tokenizer, self.tokens, self.params.skip_special_tokens)
         if whole.endswith(UNFINISHED) or len(whole) <= len(before):
             return ""
         del self.tokens[: self.shown]
         self.shown = len(self.tokens)
         return whole[len(before) :]
-
-
-def _decode(tokenizer: Any, tokens: list[int], skip_special_tokens: bool) -> str:
-    text: str
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # several times faster than through transformers
-        text = backend.decode(tokens, skip_special_tokens=skip_special_tokens)
-    else:
-        text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-    return text
 
 
 def _load_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ def lognormal_jobs(rows: int, sigma: float = SIGMA, seed: int = 0) -> list[Job]:
 
 def make_job(index: int, prompt: int, output: int) -> Job:
     tokens, params = [index % 1000] * prompt, SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-    return Job(index, str(index), COMPLETIONS, [Request(index, 0, [*tokens], params)], tokens)
+    return Job(index, str(index), COMPLETIONS, [Request(index, 0, [*tokens], params)], [tokens])
 
 
 def balance_rows(dp: int, rows: int) -> Iterator[str]:

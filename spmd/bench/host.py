@@ -142,7 +142,7 @@ def jobs(running: int, tokens: int, max_tokens: int) -> list[Job]:
     for index in range(running):
         prompt = [(index * 7919 + place) % 50_000 for place in range(tokens + index % BLOCK_SIZE)]
         request = Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0))
-        made.append(Job(index, str(index), COMPLETIONS, [request], prompt))
+        made.append(Job(index, str(index), COMPLETIONS, [request], [prompt]))
     return made
 
 

@@ -60,4 +60,4 @@ class Workload:
             return SKIPPED
         tokens, output = prompt
         params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-        return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, tokens, params)], tokens)
+        return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, tokens, params)], [tokens])

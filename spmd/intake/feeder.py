@@ -75,6 +75,7 @@ class Line(NamedTuple):
     """A row on its way to a builder."""
 
     number: int  # of its row
+    custom_id: str
     text: bytes
     key: int | None
     bad: BadRow | None  # why it can't be answered, if that is known already
@@ -89,6 +90,7 @@ class Block:
     bytes: int = 0
     num_rows: int = 0
     consumed: int = 0
+    prioritized: int = 0
     last: bool = False
 
     @property
@@ -145,21 +147,25 @@ def blocks(reader: Reader) -> Iterator[Block]:
             block.met.append((found.place, found.row.index))
         else:
             bad = found.row if isinstance(found.row, BadRow) else None
-            block.lines.append(Line(found.row.index, b"" if bad else found.line, found.key, bad))
+            block.lines.append(Line(found.row.index, found.row.custom_id, b"" if bad else found.line, found.key, bad))
             block.bytes += len(found.line)
         if block.full:
-            block.num_rows, block.consumed = reader.rows, reader.consumed
-            yield block
+            yield _ended(block, reader)
             block = Block()
-    block.num_rows, block.consumed, block.last = reader.rows, reader.consumed, True
-    yield block
+    block.last = True
+    yield _ended(block, reader)
+
+
+def _ended(block: Block, reader: Reader) -> Block:
+    block.num_rows, block.consumed, block.prioritized = reader.rows, reader.consumed, reader.prioritized
+    return block
 
 
 def build(block: Block, parser: RowParser) -> Batch:
     """The rows of a block, whatever its lines hold."""
     built = [_build(line, parser) for line in block.lines]
     rows = [(num_requests(row), pack(row)) for row in built]
-    return Batch(rows, block.met, block.num_rows, block.consumed, block.last)
+    return Batch(rows, block.met, block.num_rows, block.consumed, block.prioritized, block.last)
 
 
 def _child(rank: Connection) -> None:
@@ -222,5 +228,5 @@ def _fork_builder(parser: RowParser, folder: Folder, others: list[Connection]) -
 def _build(line: Line, parser: RowParser) -> Job | BadRow:
     if line.bad:
         return replace(line.bad, key=line.key)
-    row = load(line.text, line.number)
+    row = load(line.text, line.number, lambda _: line.custom_id)
     return replace(row if isinstance(row, BadRow) else parser.build(row), key=line.key)

@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     met: list[tuple[int, int]]  # rows done before: the place of each in the table of keys, and its number
     num_rows: int  # of the input gone through by the end of this batch
     consumed: int  # bytes of the input likewise
+    prioritized: int  # rows with a priority likewise
     last: bool
 
 

@@ -11,7 +11,7 @@ BY_URL = {endpoint.url: endpoint for endpoint in ENDPOINTS}
 
 
 def pack(row: Job | BadRow) -> bytes:
-    """The prompt of all choices stands in it once, four bytes a token."""
+    """Each prompt stands in it once, however many choices it has, four bytes a token."""
     if isinstance(row, BadRow):
         return pickle.dumps(row)
     params = [request.params for request in row.requests]
@@ -20,7 +20,7 @@ def pack(row: Job | BadRow) -> bytes:
             row.index,
             row.custom_id,
             row.endpoint.url,
-            array("i", row.prompt_token_ids).tobytes(),
+            [array("i", prompt).tobytes() for prompt in row.prompts],
             params,
             row.requests[0].priority,
             row.return_token_ids,
@@ -34,7 +34,10 @@ def unpack(packed: bytes) -> Job | BadRow:
     row = pickle.loads(packed)
     if isinstance(row, BadRow):
         return row
-    index, custom_id, url, ids, params, priority, return_token_ids, key = row
-    prompt = array("i", ids).tolist()
-    requests = [Request(index, choice, prompt.copy(), each, priority) for choice, each in enumerate(params)]
-    return Job(index, custom_id, BY_URL[url], requests, prompt, return_token_ids, key)
+    index, custom_id, url, packed_prompts, params, priority, return_token_ids, key = row
+    prompts = [array("i", ids).tolist() for ids in packed_prompts]
+    n = len(params) // len(prompts)
+    requests = [
+        Request(index, choice, prompts[choice // n].copy(), each, priority) for choice, each in enumerate(params)
+    ]
+    return Job(index, custom_id, BY_URL[url], requests, prompts, return_token_ids, key)

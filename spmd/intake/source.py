@@ -24,6 +24,7 @@ class PreparedRows:
         self.rank = rank
         self.size, self.shards, self.done = reader.size, reader.shards, reader.done
         self.rows = self.consumed = 0  # of the input so far, of all replicas and shards; bytes
+        self.prioritized = 0  # rows with a priority so far
         self.waited = 0.0  # seconds
         self._batch: list[tuple[int, bytes]] = []
         self._next = 0
@@ -46,6 +47,6 @@ class PreparedRows:
         batch = self.folder.receive(self.rank)
         self.waited += perf_counter() - started
         self._batch, self._next, self._last = batch.rows, 0, batch.last
-        self.rows, self.consumed = batch.num_rows, batch.consumed
+        self.rows, self.consumed, self.prioritized = batch.num_rows, batch.consumed, batch.prioritized
         for place, index in batch.met:
             self.done.put(place, index)

@@ -20,6 +20,8 @@ from typing import IO, Any, NamedTuple
 from spmd.integers import digest64
 from spmd.journal.key_table import KeyTable, pack
 
+# Characters within JSON's strings at which some readers of lines, such as str.splitlines, begin another one.
+SEPARATORS = [(character.encode(), f"\\u{ord(character):04x}".encode()) for character in "\u0085\u2028\u2029"]
 BEFORE_ANSWER = re.compile(rb"(\d+)\t(\d+)\t(-|!?[0-9a-f]{16})\t")
 Header = Mapping[str, Any]
 
@@ -30,6 +32,13 @@ class Entry(NamedTuple):
     key: int | None
     failed: bool  # the answer is an error
     answer: bytes  # without newline
+
+
+def one_line(answer: bytes) -> bytes:
+    """JSON whose strings hold no character that ends a line to anybody, and mean the same."""
+    for character, escape in SEPARATORS:
+        answer = answer.replace(character, escape)
+    return answer
 
 
 def write_header(header: Header) -> bytes:

@@ -30,7 +30,7 @@ from spmd.journal.identity import INSTEAD, check_identity, header_of, holds_answ
 from spmd.journal.key_table import KeyTable, pack
 from spmd.journal.locked_file import OpenFile, acquire_lock, lock_holder, open_locked, release_lock
 from spmd.journal.merge import Merge, Source
-from spmd.journal.paths import Paths
+from spmd.journal.paths import Paths, check_errors, make_folder
 from spmd.journal.writer import CHECK_EVERY
 from spmd.messages import cannot_write
 
@@ -48,6 +48,7 @@ class Journal:
         resume: auto: pass over all rows that were done; retry_errors: over those with an answer; fresh: over none,
             or, if the job has started itself `again`, over those that it has done since it began.
         patience: seconds to wait for another run's end.
+        errors: a file that gets those answers that are errors, too, once the output is replaced.
 
     Raises:
         ValueError: the output can't be written, another run works on it, or what it holds is not to be mixed with
@@ -62,6 +63,7 @@ class Journal:
         resume: str = "auto",
         again: bool = False,
         patience: float = PATIENCE,
+        errors: str | None = None,
     ) -> None:
         self.output = output
         self.paths = Paths.of(output)
@@ -71,6 +73,10 @@ class Journal:
         self.files: list[OpenFile] = []  # files of earlier answers, to be restored if they are deleted
         self.sources: list[Source] = []  # what is in them, oldest first
         self._check_path(input)
+        self.errors = None if errors is None else check_errors(errors, self.paths, input)
+        if self.errors:
+            with self._reporting("nothing is lost", self.errors):
+                make_folder(self.errors.parent)
         with self._reporting("nothing is lost"):
             self.lock = acquire_lock(self.paths.lock, patience)
             try:
@@ -121,6 +127,9 @@ class Journal:
                 raise
             os.replace(self.paths.merged, self.paths.output)
             self._complete()
+            if self.errors:
+                with self._reporting("the output is complete", self.errors):
+                    merge.write_errors(self.errors)
         self._close_files()
         with suppress(OSError):  # what stays is in the output too, and the next start sees that
             for path in (*self.paths.parts(), self.paths.answered):
@@ -159,9 +168,12 @@ class Journal:
             raise ValueError(f"output={self.output} is the input: it would be overwritten")
 
     @contextmanager
-    def _reporting(self, safe: str) -> Iterator[None]:
-        """Make messages of the file system's errors; `safe` says what isn't lost if the disk is full or fails."""
-        what = f"output={self.output}"
+    def _reporting(self, safe: str, errors: Path | None = None) -> Iterator[None]:
+        """Make messages of the file system's errors; `safe` says what isn't lost if the disk is full or fails.
+
+        `errors`: it is the file of errors that is written, and not the output.
+        """
+        what, folder = (f"errors={errors}", errors.parent) if errors else (f"output={self.output}", self.paths.folder)
         try:
             yield
         except BlockingIOError as error:
@@ -169,7 +181,7 @@ class Journal:
             raise ValueError(f"{what} is in use by {who}: let it end, or choose another output") from error
         except OSError as error:
             then = f"; {safe}: mend that, then start again with the same output" if error.errno in FULL else ""
-            raise ValueError(cannot_write(what, self.paths.folder, error) + then) from error
+            raise ValueError(cannot_write(what, folder, error) + then) from error
 
     # -- what earlier runs left ---------------------------------------------------------------------------------------
 

@@ -6,11 +6,12 @@ Rank 0 does it alone, after all leaders have closed their parts: nobody writes t
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from spmd.journal.format import Entry, Header, keys_line, write_entry, write_header
+from spmd.journal.format import Entry, Header, keys_line, one_line, write_entry, write_header
 from spmd.journal.key_table import KeyTable
 from spmd.journal.paths import Paths
 
@@ -28,7 +29,7 @@ class Source(Protocol):
 class Merge:
     """Finds the newest answer of every row: of several that a row has, that of the latest source.
 
-    Memory: 16 bytes a row and 8 a row that left the input, and one answer.
+    Memory: 16 bytes a row, 8 a row that left the input or failed, and one answer.
 
     Args:
         earlier: answers of earlier runs, oldest first; a row of today's input is found by its key.
@@ -49,6 +50,7 @@ class Merge:
                     self._put(rows.values[at], location, entry.time)
                 elif at >= 0:
                     self.unused[at] = location
+        self.failed = array("q")  # locations of errors in the output, once it is written
         self.num_rows = sum(location >= 0 for location in self.locations)
         self.num_unused = sum(location >= 0 for location in self.unused)
 
@@ -70,6 +72,8 @@ class Merge:
                     entry = self._read(self.locations[row])
                     merged.write(entry.answer + b"\n")
                     keys.write(keys_line(entry))
+                    if entry.failed:
+                        self.failed.append(self.locations[row])
             for file in (merged, keys):
                 file.flush()
                 os.fsync(file.fileno())
@@ -78,6 +82,23 @@ class Merge:
             unused.writelines(write_entry(self._read(location)) for location in self.unused if location >= 0)
             unused.flush()
             os.fsync(unused.fileno())
+
+    def write_errors(self, path: Path) -> None:
+        """Replace a file by those answers that are errors, in the order of the output, which has been written before.
+
+        Raises:
+            OSError: the disk is full, say; the file is as it was.
+        """
+        anew = path.with_name(path.name + ".new")
+        try:
+            with open(anew, "wb") as file:
+                file.writelines(self._read(location).answer + b"\n" for location in self.failed)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(anew, path)
+        except OSError:
+            anew.unlink(missing_ok=True)
+            raise
 
     def _put(self, row: int, location: int, time: int) -> None:
         """`location`: the offset in the source, and which source that is, as one number."""
@@ -88,4 +109,5 @@ class Merge:
         self.locations[row], self.times[row] = location, time
 
     def _read(self, location: int) -> Entry:
-        return self.sources[location % len(self.sources)].read(location // len(self.sources))
+        entry = self.sources[location % len(self.sources)].read(location // len(self.sources))
+        return entry._replace(answer=one_line(entry.answer))  # older versions wrote all characters as they are

@@ -1,5 +1,7 @@
 """Where the files of an output lie: beside it, through symbolic links."""
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,29 @@ class Paths:
 
     def _beside(self, ending: str) -> Path:
         return self.output.with_name(self.output.name + ending)
+
+
+def check_errors(errors: str, paths: Paths, input: str | None) -> Path:
+    """The file of errors, through symbolic links.
+
+    Raises:
+        ValueError: it can't be one, or is one of the other files.
+    """
+    path = Path(errors).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"errors={errors} is {'a directory' if path.is_dir() else 'no regular file'}")
+    if input is not None and Path(input).resolve() == path:
+        raise ValueError(f"errors={errors} is the input: it would be overwritten")
+    if path in (paths.output, paths.keys, paths.unused) or paths.folder in (path, *path.parents):
+        raise ValueError(f"errors={errors} is the output or belongs to it: choose another file")
+    return path
+
+
+def make_folder(folder: Path) -> None:
+    """Raises: OSError: it can't be made, or written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def shard_output(output: str, shard: Sequence[int] | None) -> str:

@@ -129,12 +129,14 @@ class Sampler:
         sums = _weights(scores, scores >= cut[:, None]).cumsum(-1)
         target = (u * sums[:, -1]).long()
         token_ids = torch.searchsorted(sums, target[:, None], right=True)[:, 0]
-        return token_ids.clamp_max(self.vocab_size - 1)  # a row of NaNs must not index past the embedding
+        token_ids = token_ids.clamp_max(self.vocab_size - 1)  # a row of NaNs must not index past the embedding
+        return torch.where(cut == float("inf"), scores.argmax(-1), token_ids)
 
     def _raise_cut(self, scores: Tensor, cut: Tensor, params: list[SamplingParams]) -> Tensor:
         """Lowest score [R] that stays after top_k and then top_p, given the one that min_p leaves.
 
-        Tokens whose scores equal the lowest one all stay: no order of equal scores decides a sample.
+        Tokens whose scores equal the lowest one all stay: no order of equal scores decides a sample. Infinity where
+        top_k or top_p leaves a single token: it is the one that greedy rows take, the first of the best.
         """
         top_k, top_p = to_device(
             [[self._top_k(p) for p in params], [p.top_p for p in params]], torch.float64, self.device
@@ -144,7 +146,8 @@ class Sampler:
         weights = _weights(best, (best >= cut[:, None]) & (place < top_k))
         sums = weights.cumsum(-1)
         kept = (weights > 0) & (sums - weights < top_p * sums[:, -1:])
-        return best.masked_fill(~kept, float("inf")).amin(-1)
+        alone = kept.sum(-1, keepdim=True) == 1
+        return best.masked_fill(~kept | alone, float("inf")).amin(-1)
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor, requests: Sequence[Request]) -> PackedLogprobs | None:
         """Those of the raw logits, for the rows that ask; None if none does."""

@@ -60,7 +60,7 @@ def test_chat_answer_with_two_choices_and_token_ids() -> None:
     ]
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert [choice["stop_reason"] for choice in body["choices"]] == [None, " wor"]
-    assert body["prompt_token_ids"] == job.prompt_token_ids
+    assert body["prompt_token_ids"] == job.prompts[0]
     assert [choice["token_ids"] for choice in body["choices"]] == [[HELLO, 1], [WORLD]]
     assert body["usage"]["completion_tokens"] == 3
 
@@ -99,8 +99,11 @@ def test_without_a_tokenizer_tokens_are_named_by_id() -> None:
 
 def test_error_line() -> None:
     line = json.loads(error_line(BadRow(3, "row-3", "temperature=-1 must be at least 0")))
-    assert line["response"] is None and line["custom_id"] == "row-3"
-    assert line["error"] == {"code": "invalid_request", "message": "temperature=-1 must be at least 0"}
+    message = "temperature=-1 must be at least 0"
+    assert line["custom_id"] == "row-3" and line["error"] == {"code": "invalid_request", "message": message}
+    assert line["response"]["status_code"] == 400 and line["response"]["request_id"].startswith("req_")
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+    assert line["response"]["body"] == {"error": error}
 
 
 def test_lines_are_one_line_and_the_same_in_every_run() -> None:

@@ -10,7 +10,7 @@ import pytest
 from spmd.api.answers import answer_line
 from spmd.api.choices import Completion
 from spmd.api.endpoints import CHAT, COMMON_KEYS, COMPLETIONS, ENDPOINTS, Endpoint
-from spmd.api.prompts import text_prompt
+from spmd.api.prompts import text_prompts
 from spmd.api.rows import BadRow, Job, RowParser
 from spmd.config import SamplingConfig
 from tests.support.broken_rows import batch
@@ -35,8 +35,8 @@ def test_logprobs_are_a_number_of_completions_and_a_flag_of_chat() -> None:
 
 
 def test_a_third_endpoint_is_one_more_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prompt(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
-        return text_prompt({"prompt": body["input"]}, tokenizer, vocab_size)
+    def prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:
+        return text_prompts({"prompt": body["input"]}, tokenizer, vocab_size)
 
     third = replace(
         COMPLETIONS,
@@ -46,7 +46,7 @@ def test_a_third_endpoint_is_one_more_value(monkeypatch: pytest.MonkeyPatch) -> 
         object="third",
         id_prefix="third",
         prompt_ids_in_choices=False,
-        prompt=prompt,
+        prompts=prompts,
     )
     unknown = PARSER.parse(batch("a", third.url, {"input": "hello"}), 0)
     assert isinstance(unknown, BadRow) and unknown.message.endswith("must be /v1/chat/completions or /v1/completions")

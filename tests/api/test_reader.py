@@ -71,7 +71,7 @@ def test_duplicates_are_found_across_replicas_and_the_first_wins(tmp_path: Path)
         results = read(path, dp)
         codes = [getattr(result, "code", "") for result in results]
         duplicate = "duplicate_custom_id"
-        assert codes == ["", duplicate, "", duplicate, duplicate, "invalid_request", duplicate]
+        assert codes == ["", duplicate, "", duplicate, "", "invalid_request", duplicate]
         assert isinstance(results[1], BadRow) and "'a'" in results[1].message
 
 

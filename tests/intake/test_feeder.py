@@ -79,7 +79,7 @@ def told(row: Row) -> object:
     if isinstance(row, BadRow):
         return row
     requests = [(each.index, each.choice, each.tokens, each.params, each.priority) for each in row.requests]
-    return row.index, row.custom_id, row.endpoint, row.prompt_token_ids, row.return_token_ids, row.key, requests
+    return row.index, row.custom_id, row.endpoint, row.prompts, row.return_token_ids, row.key, requests
 
 
 @pytest.fixture(scope="module")
