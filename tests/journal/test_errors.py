@@ -30,7 +30,9 @@ def attempt(
     keyless: Collection[int] = (),
 ) -> int:
     """One run over rows with these keys; `lines`: their answers. How many it answered."""
-    with Journal(str(output), "in.jsonl", HEADER, resume, patience=0, errors=errors and str(errors)) as journal:
+    with Journal(
+        str(output), "in.jsonl", HEADER, resume, patience=0, errors=str(errors) if errors else None
+    ) as journal:
         done = KeyTable(journal.known)
         to_do = [(row, key) for row, key in enumerate(rows) if not done.set(key, row) or key in keyless]
         with PartWriter(str(output), 0, journal.header) as part:
