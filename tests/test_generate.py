@@ -162,6 +162,42 @@ def test_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_finish(
     }
 
 
+def test_rows_as_other_servers_take_them_are_answered_and_errors_stand_apart(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "12+34="}]}
+    rows: list[dict[str, Any]] = [
+        {"custom_id": "alone", "prompt": "5+6="},
+        {"custom_id": "list", "url": "/completions", "body": {"prompt": ["5+6=", [4, 5, 13, 6, 14]], "n": 2}},
+        {"custom_id": "row-3", "body": chat | {"parallel_tool_calls": False, "priority": 3}},
+        {"prompt": "5+6="},
+        {"custom_id": "a\u2028b", "prompt": "5+6=", "tools": [{}]},
+        {"custom_id": "c\u0085d", "prompt": "5+6="},
+        {"custom_id": "alone", "prompt": "5+6="},
+    ]
+    write_rows(here / "in.jsonl", rows)
+    start = (*DEMO, *GREEDY, "input=in.jsonl", "output=out.jsonl", "errors=bad/errors.jsonl")
+    for _ in range(2):
+        assert run_here(*start) == 0
+        lines = (here / "out.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["custom_id"] for line in lines] == [
+            *("alone", "list", "row-3", "row-3_", "a\u2028b", "c\u0085d", "alone")
+        ]
+        assert (here / "bad" / "errors.jsonl").read_text(encoding="utf-8").splitlines() == [lines[4], lines[6]]
+    answered = [json.loads(line)["response"] for line in lines]
+    assert [response["status_code"] for response in answered] == [200] * 4 + [400, 200, 400]
+    assert answered[4]["body"]["error"]["type"] == "invalid_request_error"
+    alone, several = answered[0]["body"]["choices"], answered[1]["body"]["choices"]
+    assert [(c["index"], c["text"]) for c in several] == [(0, alone[0]["text"])] + [
+        (index, several[index]["text"]) for index in (1, 2, 3)
+    ]
+    assert several[1]["text"] == alone[0]["text"] == "11" and several[2]["text"] == several[3]["text"]
+    out = capfd.readouterr().out
+    assert (
+        "priority: not looked at in 1 rows; scheduler.policy=priority does" in out and "errors: bad/errors.jsonl" in out
+    )
+
+
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     children = []
     for count in (200, 10_000):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from spmd.api.sampling_keys import boolean, token_ids
@@ -13,15 +14,9 @@ RESERVED = {
     *("conversation", "chat_template", "tokenize", "padding", "truncation", "max_length", "tokenizer_kwargs"),
     *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
 }
-
-
-TEXT_PARTS = {
-    "text": "text",
-    "input_text": "text",
-    "output_text": "text",
-    "refusal": "refusal",
-}  # where the text of a kind of part is
-ASKS_FOR_NULL = re.compile(r"content(?:['\"]\])? is (?:not )?none")
+# Where the text of a part of a message stands, by the part's type.
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+ASKS_FOR_NULL = re.compile(r"content(?:['\"]\])?\s*(?:is\s+(?:not\s+)?|[!=]=\s*)none", re.IGNORECASE)
 
 
 def text_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:
@@ -93,8 +88,20 @@ def _render(body: Mapping[str, Any], tokenizer: Any) -> str:
     arguments = _template_arguments(body)
     if (template := getattr(tokenizer, "chat_template", None)) is None:
         raise ValueError("messages need a chat template, and the tokenizer has none: use 'prompt'")
-    missing = None if ASKS_FOR_NULL.search(str(template)) else ""
-    messages = _messages(body.get("messages"), missing)
+    messages = _messages(body.get("messages"))
+    if any(message["content"] is None for message in messages) and not _asks_for_null(template):
+        messages = [message | {"content": message["content"] or ""} for message in messages]
+    objects = [_with_objects(f"messages[{place}]", message) for place, message in enumerate(messages)]
+    try:
+        text = _apply(tokenizer, objects, arguments)
+    except ValueError:
+        with suppress(ValueError):  # joining strings, the template wants that of the row
+            return _apply(tokenizer, messages, arguments)
+        raise
+    return _apply(tokenizer, messages, arguments) if _holds_dicts(text, objects) else text
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
         return text
@@ -117,29 +124,32 @@ def _template_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
     return {"add_generation_prompt": generate, "continue_final_message": proceed} | variables | arguments
 
 
-def _messages(messages: Any, missing: str | None) -> list[dict[str, Any]]:
-    """The messages as a template takes them, content that is null as `missing`.
+def _asks_for_null(template: str | Mapping[str, str]) -> bool:
+    """Whether a template tells messages apart by content that is null (DeepSeek's does); all others want a string."""
+    return any(map(ASKS_FOR_NULL.search, [template] if isinstance(template, str) else template.values()))
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages as a template takes them, but for content that is null or missing, which is null.
 
     As in vLLM: other keys that are null, and tool_calls that are empty, count as not given, for templates ask whether
     they are there.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a non-empty list, not {show(messages)}")
-    return [_message(f"messages[{place}]", message, missing) for place, message in enumerate(messages)]
+    return [_message(f"messages[{place}]", message) for place, message in enumerate(messages)]
 
 
-def _message(name: str, message: Any, missing: str | None) -> dict[str, Any]:
+def _message(name: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{name} must be an object, not {show(message)}")
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{name}.role must be a string, not {show(message.get('role'))}")
-    content = _content(name, message.get("content"))
     given = {key: value for key, value in message.items() if value is not None}
-    given["content"] = missing if content is None else content
-    calls = given.pop("tool_calls", None)
-    if isinstance(calls, list):
-        calls = [_tool_call(f"{name}.tool_calls[{place}]", call) for place, call in enumerate(calls)]
-    return given | {"tool_calls": calls} if calls else given
+    given["content"] = _content(name, message.get("content"))
+    if given.get("tool_calls") == []:
+        del given["tool_calls"]
+    return given
 
 
 def _content(name: str, content: Any) -> str | None:
@@ -161,43 +171,40 @@ def _part(name: str, part: Any) -> str:
     return text
 
 
-class Arguments(dict[str, Any]):
-    """Arguments of a tool call: an object to templates that write JSON, its text to those that concatenate strings.
+def _with_objects(name: str, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with arguments of tool calls, in OpenAI's format a text of JSON, as objects, as in vLLM's server.
 
-    Most templates (Qwen, Llama 3, Hermes) write them with `tojson`; DeepSeek's join the text that OpenAI's format has.
+    Most templates (Qwen, Llama 3, Hermes) write them with `tojson`, which would encode a text once more.
     """
-
-    text = ""
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __add__(self, other: str) -> str:
-        return self.text + other
-
-    def __radd__(self, other: str) -> str:
-        return other + self.text
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [_tool_call(f"{name}.tool_calls[{at}]", call) for at, call in enumerate(calls)]}
 
 
 def _tool_call(name: str, call: Any) -> Any:
-    """A tool call with its arguments, in OpenAI's format a text of JSON, as an object, as vLLM's server has them."""
-    function = call.get("function", call) if isinstance(call, dict) else None
+    function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
     text = function.get("arguments") or "{}"
     if not isinstance(text, str):
         return call
-    where = f"{name}.function.arguments"
+    name += ".function.arguments"
     try:
-        values = json.loads(text)
+        arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}={show(text)} is not valid JSON: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}={show(text)} must be a JSON object")
-    arguments = Arguments(values)
-    arguments.text = text
-    done = function | {"arguments": arguments}
-    return call | {"function": done} if "function" in call else done
+        raise ValueError(f"{name}={show(text)} is not valid JSON: {first_line(error)}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{name}={show(text)} must be a JSON object")
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _holds_dicts(text: str, messages: list[dict[str, Any]]) -> bool:
+    """Whether a template wrote arguments of tool calls as Python shows them: it puts in what it takes for text."""
+    listed = [calls for message in messages if isinstance(calls := message.get("tool_calls"), list)]
+    functions = [call.get("function") for calls in listed for call in calls if isinstance(call, dict)]
+    shown = [str(function.get("arguments")) for function in functions if isinstance(function, dict)]
+    return any("'" in arguments and arguments in text for arguments in shown)
 
 
 def _string(key: str, value: Any) -> str:

@@ -41,12 +41,11 @@ def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
         return piece
     if not isinstance(piece, str):  # of a padded embedding's row
         return text.encode()
-    if UNFINISHED in text:
-        if byte := BYTE_PIECE.fullmatch(piece):
-            return bytes.fromhex(byte[1])
-        if BYTE_LEVEL.keys() >= set(piece):
-            return bytes(BYTE_LEVEL[character] for character in piece)
-    elif SPACE in piece and (spaced := piece.replace(SPACE, " ")).endswith(text):
+    if text != piece and (byte := BYTE_PIECE.fullmatch(piece)):
+        return bytes.fromhex(byte[1])
+    if UNFINISHED in text and BYTE_LEVEL.keys() >= set(piece):
+        return bytes(BYTE_LEVEL[character] for character in piece)
+    if SPACE in piece and (spaced := piece.replace(SPACE, " ")).endswith(text):
         return spaced.encode()
     return text.encode()
 

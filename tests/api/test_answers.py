@@ -110,7 +110,7 @@ def test_lines_are_one_line_and_the_same_in_every_run() -> None:
     job, done = make_job(prompt="x"), Completion("a\nb\u2028\tü€", [5], "stop", 7)
     line = answer_line(job, [done], "tiny", TOKENIZER)
     assert line == answer_line(job, [done], "tiny", TOKENIZER)
-    assert "\n" not in line and "\t" not in line and "ü€" in line
+    assert "\n" not in line and "\t" not in line and "ü€" in line and "\u2028" not in line
     assert json.loads(line)["response"]["body"]["choices"][0]["text"] == done.text
     other = make_job(custom_id="b", prompt="x")
     assert answer(job, done)["id"] != answer(other, done)["id"]

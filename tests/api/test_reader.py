@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spmd.api import rows
-from spmd.api.reader import Reader, count_lines, input_digest
+from spmd.api.reader import Reader, count_lines, input_digest, names_like_numbers
 from spmd.api.rows import BadRow, Job, RowParser
 from spmd.api.source import SKIPPED, NotYet, Skipped
 from spmd.config import SamplingConfig
@@ -185,3 +185,55 @@ def test_rows_appended_during_the_run_are_left_for_the_next(tmp_path: Path) -> N
     with open(path, "ab") as file:
         file.write(b'{"prompt": "late"}\n')
     assert len(rows_of(reader)) == 3
+
+
+# -- rows without custom_id -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        ([b'{"prompt": "a"}', b'{"custom_id": "row-0", "prompt": "b"}'], ["row-0_", "row-0"]),
+        ([b'{"custom_id":"row-1","prompt": "a"}', b'{"prompt": "b"}'], ["row-1", "row-1_"]),
+        ([b'{"prompt": "a"}', b'{"custom_id": "row-0_", "prompt": "b"}'], ["row-0", "row-0_"]),
+        (
+            [b'{"prompt": "a"}', b'{"custom_id": "row-0_", "prompt": "b"}', b'{"prompt": "c", "custom_id" : "row-0"}'],
+            ["row-0__", "row-0_", "row-0"],
+        ),
+        ([b'{"custom_id": "row-0", "prompt": "a"}', b'{"prompt": "b"}'], ["row-0", "row-1"]),
+        ([b'{"prompt": "a"}', b"no JSON", b'{"custom_id": "row-1", "prompt": "b"}'], ["row-0", "row-1_", "row-1"]),
+        ([b'{"prompt": "\\"custom_id\\": \\"row-1\\""}', b'{"prompt": "b"}'], ["row-0", "row-1"]),
+        ([b"", b'{"prompt": "a"}', b"", b'{"custom_id": "row-0", "prompt": "b"}'], ["row-0_", "row-0"]),
+        (
+            [b'{"custom_id": "row-' + b"9" * 5000 + b'", "prompt": "a"}', b'{"prompt": "b"}'],
+            ["row-" + "9" * 5000, "row-1"],
+        ),
+    ],
+)
+def test_a_row_without_custom_id_takes_nobodys_name(tmp_path: Path, lines: list[bytes], names: list[str]) -> None:
+    path = write(tmp_path / "in.jsonl", [line + b"\n" for line in lines])
+    for dp in (1, 2):
+        results = read(path, dp)
+        assert [result.custom_id for result in results] == names
+        assert not [result for result in results if getattr(result, "code", "") == "duplicate_custom_id"]
+    given = rows_of(Reader(path, PARSER, names=names_like_numbers(path, 10**9)))
+    assert [result.custom_id for result in given] == names
+
+
+def test_names_are_looked_for_where_a_row_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spmd.api.reader.names_like_numbers", lambda *_: 1 / 0)
+    path = write(tmp_path / "in.jsonl", [b'{"custom_id": "row-%d", "prompt": "a"}\n' % (row + 1) for row in range(9)])
+    assert [result.custom_id for result in read(path)] == [f"row-{row + 1}" for row in range(9)]
+
+
+def test_rows_with_a_priority_are_counted(tmp_path: Path) -> None:
+    lines = [
+        b'{"prompt": "a", "priority": 1}\n',
+        b'{"prompt": "b", "priority": 0}\n',
+        b'{"body": {"prompt": "c", "priority": -5}}\n',
+        b'{"prompt": "d"}\n',
+        b"no JSON\n",
+        b'{"prompt": "e", "priority": "high"}\n',
+    ]
+    reader = Reader(write(tmp_path / "in.jsonl", lines), PARSER)
+    assert len(rows_of(reader)) == 6 and reader.prioritized == 3

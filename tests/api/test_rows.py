@@ -276,3 +276,87 @@ def test_any_value_for_any_key_is_a_job_or_a_bad_row() -> None:
 def test_load_gives_the_id_without_building() -> None:
     row = load(b'{"custom_id": "a", "temperature": "never looked at"}', 4)
     assert isinstance(row, Row) and (row.index, row.custom_id) == (4, "a")
+
+
+# -- rows that were made for other servers ----------------------------------------------------------------------------
+
+CHAT_BODY = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/chat/completions", CHAT),
+        ("/openai/deployments/gpt/chat/completions?api-version=2024-10-21", CHAT),
+        ("https://api.example.com/v1/chat/completions/", CHAT),
+        (None, CHAT),
+        ("/v1/completions", COMPLETIONS),
+        ("/completions", COMPLETIONS),
+        ("http://localhost:8000/v1/completions", COMPLETIONS),
+        (None, COMPLETIONS),
+    ],
+)
+def test_urls_of_all_servers_or_none(url: str | None, endpoint: Any) -> None:
+    body = CHAT_BODY if endpoint is CHAT else {"prompt": "a"}
+    assert job_of({"custom_id": "a", "method": "POST", "url": url, "body": body}).endpoint is endpoint
+    if url is None:
+        assert job_of({"custom_id": "a", "body": body}).endpoint is endpoint
+        assert job_of({"body": body | {"prompt": None, "temperature": 0} | body}).endpoint is endpoint
+
+
+@pytest.mark.parametrize(
+    "url", ["", "/", 5, [], "/v1/embeddings", "/v1/xcompletions", "/v1/completions/x", "completions"]
+)
+def test_urls_of_something_else(url: Any) -> None:
+    assert "must be /v1/chat/completions or /v1/completions" in message_of({"url": url, "body": {"prompt": "a"}})
+
+
+def test_a_body_that_its_url_or_nothing_tells() -> None:
+    assert message_of({"url": "/chat/completions", "body": {"prompt": "a"}}) == "the row has no messages"
+    assert message_of({"body": {"temperature": 0}}) == "the row has neither prompt nor messages"
+    assert message_of({"body": CHAT_BODY | {"prompt": "a"}}) == "the row has both prompt and messages"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"parallel_tool_calls": True},
+        {"tool_choice": "auto"},
+        {"tool_choice": "none", "tools": []},
+        {"modalities": ["text"]},
+        {"prompt_cache_key": "x", "prompt_cache_retention": "24h", "safety_identifier": "y"},
+        {"verbosity": "low"},
+        {"prediction": {"type": "content", "content": "x"}},
+        {"extra_body": {}},
+        {"extra_body": None, "functions": [], "function_call": "auto"},
+        {"cache_salt": "x", "request_id": "y", "include_reasoning": True, "bad_words": []},
+    ],
+)
+def test_keys_that_change_nothing_are_ignored(keys: dict[str, Any]) -> None:
+    assert job_of(CHAT_BODY | keys).requests[0].params == params_of(CHAT_BODY)
+
+
+def test_what_stands_in_extra_body_stands_in_the_body() -> None:
+    params = params_of({"prompt": "a", "temperature": 0, "extra_body": {"top_k": 3, "temperature": 1, "min_p": None}})
+    assert (params.top_k, params.temperature, params.min_p) == (3, 1.0, 0.0)
+    assert "temprature" in message_of({"prompt": "a", "extra_body": {"temprature": 1}})
+    assert "extra_body must be an object" in message_of({"prompt": "a", "extra_body": [1]})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"tools": [{"type": "function"}]}, ["tools=", "not supported, only []", "chat_template_kwargs"]),
+        ({"tool_choice": "required"}, ["tool_choice='required' is not supported", '"none" or "auto"']),
+        ({"modalities": ["text", "audio"]}, ["modalities", 'only ["text"]']),
+        ({"structured_outputs": {"json": {}}}, ["structured_outputs", "is not supported"]),
+        ({"guided_json": {}}, ["guided_json", "is not supported"]),
+        ({"response_format": {"type": "json_object"}}, ["response_format", "not supported"]),
+        ({"prompt_logprobs": 1}, ["prompt_logprobs=1 is not supported"]),
+        ({"top_logprob": 1}, ["unknown key 'top_logprob'", "top_logprobs"]),
+    ],
+)
+def test_keys_that_matter_are_named_without_a_hint_that_misleads(keys: dict[str, Any], words: list[str]) -> None:
+    message = message_of(CHAT_BODY | keys)
+    assert all(word in message for word in words) and "metadata" not in message, message

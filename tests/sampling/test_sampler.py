@@ -77,6 +77,34 @@ def test_equal_scores_at_the_cut_all_stay() -> None:
     assert set(draws(row, 500, top_p=0.6)) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"top_p": 0.2},
+        {"top_k": 1, "top_p": 0.9, "temperature": 5.0},
+        {"top_k": 4, "top_p": 0.01},
+        {"top_k": 1, "min_p": 1.0},
+    ],
+)
+def test_where_one_token_stays_it_is_the_one_that_greedy_rows_take(params: dict[str, Any]) -> None:
+    row = torch.tensor([0.0, 4.0, 4.0, -1.0, 4.0])
+    assert sample(row[None], [request(temperature=0.0)]) == [1]
+    assert draws(row, 200, **params) == {1: 200}
+    # Beside rows that draw, and where equal scores come from what is added to them.
+    mixed = [request(stream=9, **params), request(stream=1), request(top_k=2, stream=2, logit_bias=((1, 5.0),))]
+    assert sample(row.expand(3, -1), mixed)[0] == 1
+    biased = request(logit_bias=((0, 4.0), (3, -100.0)), **params)
+    assert sample(row[None], [biased]) == [0]
+
+
+def test_equal_scores_are_drawn_among_where_more_than_one_token_stays() -> None:
+    row = torch.tensor([0.0, 4.0, 4.0, -1.0])
+    for params in ({"top_k": 2}, {"top_p": 0.9}, {"min_p": 1.0}, {"top_k": 3, "top_p": 0.6}):
+        assert set(draws(row, 200, **params)) == {1, 2}
+
+
 def test_a_position_is_drawn_anew_and_reproducibly() -> None:
     row = logits(1)
     tokens = list(range(4_000))
