@@ -18,6 +18,7 @@ from spmd.schedule.request import SamplingParams
 # Prompt tokens decoded in front of an output: SentencePiece drops the space before the first word it decodes.
 CONTEXT = 6
 MOST_CONTEXT = 24  # where fewer begin within a character
+MOST_PENDING = 16  # tokens without a whole character behind which none will come: a character has four bytes
 TOKENIZER_FILES = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiece", "tekken")
 
 
@@ -128,7 +129,10 @@ class StopChecker:
         before = decode(self.tokenizer, self.tokens[: self.shown], self.params.skip_special_tokens)
         whole = decode(self.tokenizer, self.tokens, self.params.skip_special_tokens)
         if whole.endswith(UNFINISHED) or len(whole) <= len(before):
-            return ""
+            if whole == before and not decode(self.tokenizer, [token], self.params.skip_special_tokens):
+                self.tokens.pop()  # a skipped token: no text will ever depend on it
+            if len(self.tokens) - self.shown <= MOST_PENDING:
+                return ""
         del self.tokens[: self.shown]
         self.shown = len(self.tokens)
         return whole[len(before) :]

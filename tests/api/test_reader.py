@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spmd.api import rows
-from spmd.api.reader import Reader, count_lines, input_digest, names_like_numbers
+from spmd.api.reader import Reader, count_lines, input_digest
 from spmd.api.rows import BadRow, Job, RowParser
 from spmd.api.source import SKIPPED, NotYet, Skipped
 from spmd.config import SamplingConfig
@@ -216,8 +216,6 @@ def test_a_row_without_custom_id_takes_nobodys_name(tmp_path: Path, lines: list[
         results = read(path, dp)
         assert [result.custom_id for result in results] == names
         assert not [result for result in results if getattr(result, "code", "") == "duplicate_custom_id"]
-    given = rows_of(Reader(path, PARSER, names=names_like_numbers(path, 10**9)))
-    assert [result.custom_id for result in given] == names
 
 
 def test_names_are_looked_for_where_a_row_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

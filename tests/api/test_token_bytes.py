@@ -13,7 +13,7 @@ from spmd.api.rows import Job, RowParser
 from spmd.api.token_bytes import finished_text, token_bytes
 from spmd.api.tokenizer import StopChecker, output_text
 from spmd.config import SamplingConfig
-from spmd.schedule.request import TokenLogprobs
+from spmd.schedule.request import SamplingParams, TokenLogprobs
 from tests.support.byte_fallback import bytes_of, make_byte_fallback, word
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -59,7 +59,7 @@ def test_an_answer_behind_characters_of_several_bytes_is_as_transformers_decodes
 ) -> None:
     expected = as_transformers(FALLBACK, prompt, output)
     assert output_text(FALLBACK, prompt, output, True) == expected
-    checker = StopChecker(FALLBACK, prompt, ["never"])
+    checker = StopChecker(FALLBACK, prompt, SamplingParams(stop=("never",)))
     assert [checker.push(token) for token in output] == [None] * len(output)
     assert checker.text == expected
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from spmd.api.tokenizer import StopChecker, load_generation_config, load_tokenizer, output_text
+from spmd.api import tokenizer as tokenizer_module
+from spmd.api.token_bytes import decode
+from spmd.api.tokenizer import CONTEXT, MOST_PENDING, StopChecker, load_generation_config, load_tokenizer, output_text
 from spmd.schedule.request import SamplingParams
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -122,6 +124,23 @@ def test_growing_text_equals_the_text_decoded_at_once() -> None:
         checker = checker_of(prompt, "never to be found")
         assert all(checker.push(token) is None for token in output)
         assert checker.text == output_text(TOKENIZER, prompt, output, True)
+
+
+@pytest.mark.parametrize("kind", ["skipped", "half"])
+def test_tokens_that_bring_no_text_cost_no_more_the_more_there_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = TOKENIZER.all_special_ids[0] if kind == "skipped" else ids("é")[0]
+    assert kind == "skipped" or TOKENIZER.decode([token]) == "\N{REPLACEMENT CHARACTER}"
+    decoded: list[int] = []
+
+    def counting(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        decoded.append(len(tokens))
+        return decode(tokenizer, tokens, skip_special_tokens)
+
+    monkeypatch.setattr(tokenizer_module, "decode", counting)
+    checker = checker_of(ids("hello"), "stop")
+    assert all(checker.push(token) is None for _ in range(500))
+    assert max(decoded) <= 2 * MOST_PENDING + CONTEXT and len(decoded) <= 3 * 500
+    assert [checker.push(token) for token in ids(" stop")][-1] == "stop", "it goes on looking"
 
 
 def test_templates_take_the_date_they_are_given(tmp_path: Path) -> None:
