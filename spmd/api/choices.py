@@ -3,12 +3,14 @@
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from spmd.api.token_bytes import UNFINISHED, token_bytes
 from spmd.schedule.request import TokenLogprobs
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
+MOST_TEXTS = 2**17  # of tokens, kept: some 20 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ def _offsets(tokenizer: Any, tokens: Iterable[tuple[int, str]]) -> Iterator[int]
             at += len(text)
 
 
+@lru_cache(MOST_TEXTS)  # likely tokens are the same ones again and again; decoding one takes some 25 us
 def _token_text(tokenizer: Any, token: int) -> str:
     if tokenizer is None:
         return f"token_id:{token}"  # vLLM's name for a token that has no text
