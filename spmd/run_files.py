@@ -4,16 +4,20 @@ import json
 import os
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from spmd.api.reader import Reader, check_input, count_lines, input_digest
 from spmd.config import Config
 from spmd.intake.feeder import Intake
-from spmd.journal.fingerprint import fingerprint
+from spmd.journal.fingerprint import fingerprint, first_form
+from spmd.journal.identity import told_earlier
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
-from spmd.journal.paths import shard_output
+from spmd.journal.paths import Paths, shard_output
 from spmd.journal.writer import PartWriter
+from spmd.model.checkpoint import resolve, weight_files
 from spmd.settings import Settings
 from spmd.topology import Topology
 
@@ -61,14 +65,40 @@ class RunFiles:
         if self.topology.rank:
             return None
         job, again = _job()
-        header = {"identity": _identity(self.settings), "model.path": self.settings.model.path, "job": job}
+        identity = self._identity if self.settings.resume == "fresh" and not again else self._as_begun()
+        header = {"identity": identity, "model.path": self.settings.model.path, "job": job}
         self.journal = Journal(self.output, self.input, header, self.settings.resume, again, errors=self.errors)
         return Snapshot(size, self.journal.known, self.journal.header, datetime.now())
 
     def facts(self, snapshot: Snapshot) -> dict[str, str]:
         """What this rank finds in the files that all ranks read for themselves."""
         found = {"the digest of the input": input_digest(self.input, snapshot.size)}
-        return found | {name: str(value) for name, value in _identity(self.settings).items()}
+        return found | {name: str(value) for name, value in self._identity.items()}
+
+    @cached_property
+    def _weights(self) -> list[Path]:
+        m = self.settings.model
+        return [] if m.load_format == "dummy" else weight_files(resolve(m.path, m.revision))
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What all answers depend on besides their rows and the kernels' rounding.
+
+        max_model_len is among it, for it ends answers where max_tokens isn't set.
+        """
+        m = self.settings.model
+        return {
+            **fingerprint(m.path, self._weights, m.revision, m.tokenizer),
+            "model.dtype": self.settings.asked_dtype,
+            "model.max_model_len": m.max_model_len,
+            "model.overrides": m.overrides,
+            **{f"sampling.{key}": value for key, value in self.settings.default_sampling.items()},
+        }
+
+    def _as_begun(self) -> dict[str, Any]:
+        """The identity, with weights as the version put it that began what lies at the output."""
+        earlier = first_form(str(told_earlier(Paths.of(self.output), "weights")), self._weights)
+        return self._identity | ({"weights": earlier} if earlier else {})
 
     def reader(self, snapshot: Snapshot) -> Reader:
         """The input from its first row on, to go through it without having rows."""
@@ -130,21 +160,6 @@ def _builders() -> int:
     """Half of the cores that the ranks of this node leave."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, (len(os.sched_getaffinity(0)) - ranks) // 2))
-
-
-def _identity(settings: Settings) -> dict[str, Any]:
-    """What all answers depend on besides their rows and the kernels' rounding.
-
-    max_model_len is among it, for it ends answers where max_tokens isn't set.
-    """
-    m = settings.model
-    return {
-        **fingerprint(m.path, m.load_format, m.revision, m.tokenizer),
-        "model.dtype": settings.asked_dtype,
-        "model.max_model_len": m.max_model_len,
-        "model.overrides": m.overrides,
-        **{f"sampling.{key}": value for key, value in settings.default_sampling.items()},
-    }
 
 
 def _job() -> tuple[str | None, bool]:

@@ -41,6 +41,12 @@ def check_identity(paths: Paths, output: str, header: Header) -> None:
             )
 
 
+def told_earlier(paths: Paths, name: str) -> Any:
+    """What the answers that are there say they depend on under this name; None if nothing does."""
+    headers = map(header_of, (paths.answered, *paths.parts(), paths.keys, paths.unused))
+    return next((made["identity"].get(name) for made in headers if made), None)
+
+
 def holds_output(paths: Paths) -> bool:
     """Whether there are answers in the output itself. An empty file, as mktemp makes one, holds none."""
     return paths.output.exists() and paths.output.stat().st_size > 0

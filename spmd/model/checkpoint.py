@@ -218,11 +218,18 @@ def _open(path: str, revision: str | None, arch: Architecture) -> Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that count, in the order of their names, unopened; none if there are none."""
+    """The safetensors files that count, in the order of their names, unopened; none if there are none.
+
+    Raises:
+        ValueError: an index that can't be read, or that names files which aren't there.
+    """
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     if (folder / INDEX).is_file():
-        return sorted({folder / file for file in _weight_map(folder / INDEX).values()})
+        named = sorted({folder / file for file in _weight_map(folder / INDEX).values()})
+        if absent := [file.name for file in named if not file.is_file()]:
+            raise ValueError(f"{folder} lacks {listed(absent, 5)}, which {INDEX} names")
+        return named
     files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(".")]
     return [file for file in files if not file.name.startswith(OF_OTHERS)]
 
@@ -230,8 +237,6 @@ def weight_files(folder: Path) -> list[Path]:
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file that holds each tensor."""
     chosen = weight_files(folder)
-    if absent := [file.name for file in chosen if not file.is_file()]:
-        raise ValueError(f"{folder} lacks {listed(absent, 5)}, which {INDEX} names")
     if not chosen:
         raise ValueError(f"{folder} has no {_instead(folder)}; model.load_format=dummy runs without weights")
     if not (folder / WHOLE).is_file() and (folder / INDEX).is_file():
