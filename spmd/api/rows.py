@@ -216,17 +216,17 @@ def _is_unicode(data: Any) -> bool:
 
 def _request(data: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
     """A row's endpoint, and its body without nulls."""
-    url = None
+    named = None
     if data.keys() & {"body", "url", "method"}:
-        url, body = _batch_request(data)
+        named, body = _batch_request(data)
     else:
         body = {key: value for key, value in data.items() if key != "custom_id"}
     body = _flat({key: value for key, value in body.items() if value is not None})
-    endpoint = _by_prompt(body) if url is None else _by_url(url)
+    endpoint = named or _by_prompt(body)
     if len(prompts := [key for key in PROMPT_KEYS if key in body]) > 1:
         raise ValueError(f"the row has both {' and '.join(prompts)}")
     if endpoint.prompt_key not in body:
-        missing = f"neither {' nor '.join(PROMPT_KEYS)}" if url is None else f"no {endpoint.prompt_key}"
+        missing = f"no {endpoint.prompt_key}" if named else f"neither {' nor '.join(PROMPT_KEYS)}"
         raise ValueError(f"the row has {missing}")
     _check_keys(body, endpoint.keys)
     return endpoint, body
@@ -240,19 +240,17 @@ def _flat(body: dict[str, Any]) -> dict[str, Any]:
     return body | {key: value for key, value in extra.items() if value is not None}
 
 
-def _batch_request(data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Its url, null if it has none (Mistral's and Together's batches), and its body."""
+def _batch_request(data: dict[str, Any]) -> tuple[Endpoint | None, dict[str, Any]]:
+    """The endpoint of its url, None if it has none (Mistral's and Together's batches), and its body."""
     if misplaced := sorted(data.keys() & BODY_KEYS):
         raise ValueError(f"{misplaced[0]} stands beside body, not in it")
     _check_keys(data, BATCH_KEYS)
     if (method := data.get("method", "POST")) != "POST":
         raise ValueError(f"method={show(method)} must be 'POST'")
-    url = data.get("url")
-    if url is not None:
-        _by_url(url)
+    named = None if (url := data.get("url")) is None else _by_url(url)
     if not isinstance(body := data.get("body"), dict):
         raise ValueError(f"body must be an object, not {show(body)}")
-    return url, body
+    return named, body
 
 
 def _by_prompt(body: Mapping[str, Any]) -> Endpoint:
