@@ -96,7 +96,8 @@ def test_bad_rows_become_error_lines_and_the_others_are_answered(
     rows = read_rows(tmp_path / "out.jsonl")
     failed = [row for row in rows if row["error"]]
     assert len(failed) == 100 and len({row["error"]["message"] for row in failed}) >= 20
-    assert all(row["response"] is None for row in failed)
+    assert all(row["response"]["status_code"] == 400 for row in failed)
+    assert all(row["response"]["body"]["error"]["message"] == row["error"]["message"] for row in failed)
     assert all(row["response"]["status_code"] == 200 for row in rows if not row["error"])
 
 
