@@ -3,8 +3,8 @@
 torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.path=DIR input=in.jsonl output=out.jsonl
 """
 
-from datetime import datetime
 from time import monotonic, perf_counter
+from typing import Any
 
 from spmd.api.reader import Reader
 from spmd.api.rows import RowParser
@@ -41,8 +41,10 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
                 _finish(files, complete)
             return
         agree(together(topology, lambda: files.facts(task)))
+        m = settings.model
+        tokenizer = together(topology, lambda: load_tokenizer(m.tokenizer, m.revision, task.now))  # before weights
         worker = start(settings, topology, stop)
-        parser = together(topology, lambda: _parser(worker, task.now))
+        parser = together(topology, lambda: _parser(worker, tokenizer))
         reader = files.reader(task, parser)
         together(topology, lambda: files.open_part(task))
         worker.phases.end("tokenizer")
@@ -90,10 +92,10 @@ def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> Non
         print(f"figures: {write_json(metrics, files.output)}")
 
 
-def _parser(worker: Worker, now: datetime) -> RowParser:
+def _parser(worker: Worker, tokenizer: Any) -> RowParser:
     settings, m = worker.settings, worker.settings.model
     return RowParser(
-        load_tokenizer(m.tokenizer, m.revision, now),
+        tokenizer,
         load_generation_config(m.path, m.revision),
         settings.sampling,
         m.max_model_len,
