@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -116,7 +117,7 @@ def test_folders_that_hold_no_model_of_ours(told: Told, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_cannot_be_loaded(told: Told, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "model", "Qwen3ForCausalLM")
+    shutil.copytree(DEMO, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "model/tokenizer.json is a Git LFS pointer, not the file itself" in told("model.path=model", *FILES)
     (tmp_path / "model" / "tokenizer.json").write_text("{")
