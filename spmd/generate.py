@@ -20,6 +20,7 @@ from spmd.report.summary import table, write_json
 from spmd.run_files import RunFiles, Snapshot, check_paths
 from spmd.runtime.agreement import agree, from_each, from_rank_0, on_each_host, together
 from spmd.runtime.main import main
+from spmd.settings import Settings
 from spmd.signals import Stop, name
 from spmd.topology import Topology
 from spmd.worker import Worker, settle, start
@@ -45,9 +46,9 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder) -> 
                 _finish(files, complete)
             return
         agree(together(topology, lambda: files.facts(snapshot)))
+        tokenizer = together(topology, lambda: _tokenizer(settings, topology))  # before weights
         worker = start(settings, topology, stop)
         rows = _rows(worker, files, snapshot, feeder)
-        tokenizer = together(topology, lambda: _tokenizer(worker))
         together(topology, lambda: files.open_part(snapshot))
         worker.phases.end("tokenizer")
         metrics = _answer(worker, rows, tokenizer, files)
@@ -109,10 +110,10 @@ def _rows(worker: Worker, files: RunFiles, snapshot: Snapshot, feeder: Feeder) -
     return PreparedRows(place, ranks.index(topology.rank), len(ranks), files.reader(snapshot))
 
 
-def _tokenizer(worker: Worker) -> Any:
+def _tokenizer(settings: Settings, topology: Topology) -> Any:
     """On a leader, for texts of answers."""
-    m = worker.settings.model
-    return load_tokenizer(m.tokenizer, m.revision) if worker.topology.is_leader else None
+    m = settings.model
+    return load_tokenizer(m.tokenizer, m.revision) if topology.is_leader else None
 
 
 def _show(progress: Progress, reader: PreparedRows) -> Watch:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -113,6 +114,14 @@ def test_folders_that_hold_no_model_of_ours(told: Told, tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     unknown = told(path, *FILES)
     assert "architecture GPT2LMHeadModel is not supported; supported are LlamaForCausalLM, Mistral" in unknown
+
+
+def test_a_tokenizer_that_cannot_be_loaded(told: Told, tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model/tokenizer.json is a Git LFS pointer, not the file itself" in told("model.path=model", *FILES)
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    assert "no tokenizer could be loaded from model: " in told("model.path=model", *FILES)
 
 
 def test_input_that_is_empty_or_not_readable(told: Told, tmp_path: Path) -> None:

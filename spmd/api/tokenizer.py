@@ -5,14 +5,16 @@ import os
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from spmd.api.token_bytes import UNFINISHED, decode, finished_text
-from spmd.messages import first_line
+from spmd.messages import check_no_pointer, first_line
 from spmd.schedule.request import SamplingParams
 
 # Prompt tokens decoded in front of an output: SentencePiece drops the space before the first word it decodes.
@@ -20,6 +22,8 @@ CONTEXT = 6
 MOST_CONTEXT = 24  # where fewer begin within a character
 MOST_PENDING = 16  # tokens without a whole character behind which none will come: a character has four bytes
 TOKENIZER_FILES = ("tokenizer", "tokenization", "vocab", "spiece", "sentencepiece", "tekken")
+BESIDE = ("merges", "special_tokens_map", "added_tokens", "chat_template")  # files of a tokenizer too
+BYTES = 256  # tokens of the smallest tokenizer that needs no vocabulary, ByT5's, and some more
 
 
 def load_tokenizer(path: str, revision: str | None = None, now: datetime | None = None) -> Any | None:
@@ -31,18 +35,38 @@ def load_tokenizer(path: str, revision: str | None = None, now: datetime | None 
     Raises:
         ValueError: one line that names the path and the reason.
     """
-    if os.path.isdir(path) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(path)):
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else None
+    if names is not None and not any(name.startswith(TOKENIZER_FILES) for name in names):
         return None
+    for name in names or ():
+        if name.startswith((*TOKENIZER_FILES, *BESIDE)):
+            check_no_pointer(Path(path, name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ImportError and json's
-        raise ValueError(f"no tokenizer could be loaded from {path}: {first_line(error)}") from error
+        raise ValueError(f"no tokenizer could be loaded from {path}: {_lacking(path) or first_line(error)}") from error
+    own = [name for name in names or () if name.startswith(TOKENIZER_FILES)]
+    if own == ["tokenizer_config.json"] and tokenizer.vocab_size < BYTES:  # transformers makes an empty one
+        raise ValueError(
+            f"{path} has tokenizer_config.json, but no vocabulary: tokenizer.json or tokenizer.model is lost"
+        )
     template = tokenizer.chat_template
     if now and isinstance(template, dict):
         tokenizer.chat_template = {name: _dated(text, now) for name, text in template.items()}
     elif now and template:
         tokenizer.chat_template = _dated(template, now)
     return tokenizer
+
+
+def _lacking(path: str) -> str:
+    """What a vocabulary of SentencePiece alone needs, where transformers speaks of tiktoken; empty without one."""
+    file = Path(path, "tokenizer.model")
+    if not file.is_file() or file.with_suffix(".json").is_file() or not file.read_bytes().startswith(b"\n"):
+        return ""
+    packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    lacking = [name for name, there in packages.items() if not there]
+    how = f"pip install {' '.join(lacking)}, or put its tokenizer.json beside it"
+    return f"tokenizer.model needs {' and '.join(lacking)}: {how}" if lacking else ""
 
 
 def _dated(template: str, now: datetime) -> str:
@@ -141,6 +165,7 @@ class StopChecker:
 def _load_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
     try:
         file = os.path.join(path, name) if os.path.isdir(path) else hf_hub_download(path, name, revision=revision)
+        check_no_pointer(Path(file))
         with open(file, encoding="utf-8") as handle:
             content = json.load(handle)
     except (EntryNotFoundError, FileNotFoundError):

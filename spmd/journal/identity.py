@@ -6,6 +6,7 @@ depend on besides their rows. Headers are written before the first answer and ne
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ def check_identity(paths: Paths, output: str, header: Header) -> None:
 
 
 def told_earlier(paths: Paths, name: str) -> Any:
-    """What the answers that are there say they depend on under this name; None if nothing does."""
-    headers = map(header_of, (paths.answered, *paths.parts(), paths.keys, paths.unused))
-    return next((made["identity"].get(name) for made in headers if made), None)
+    """What the answers that are there say they depend on under this name; None if nothing does, or can be read."""
+    with suppress(OSError):  # which the journal tells of
+        headers = map(header_of, (paths.answered, *paths.parts(), paths.keys, paths.unused))
+        return next((made["identity"].get(name) for made in headers if made), None)
+    return None
 
 
 def holds_output(paths: Paths) -> bool:

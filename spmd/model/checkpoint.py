@@ -189,8 +189,8 @@ def _reading(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (OSError, SafetensorError) as error:
-        size = f"{file.stat().st_size:,} bytes" if file.is_file() else "no file"
-        raise ValueError(f"{file} ({size}) cannot be read: {error}; if it isn't whole, fetch it again") from error
+        size = f"; of its {file.stat().st_size:,} bytes some may lack: fetch it again" if file.is_file() else ""
+        raise ValueError(f"{file} cannot be read: {error}{size}") from error
 
 
 def _slices(opened: Any, file: Path, name: str, pieces: Sequence[Piece]) -> Any:

@@ -150,3 +150,50 @@ def test_templates_take_the_date_they_are_given(tmp_path: Path) -> None:
     loaded = load_tokenizer(str(tmp_path), now=datetime(2020, 2, 3))
     assert loaded is not None
     assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "03 Feb 2020|hi"
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 500\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer.model", "chat_template.jinja", "vocab.json", "merges.txt"]
+)
+def test_the_pointer_that_git_lfs_leaves(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(
+        ValueError, match=rf"{name} is a Git LFS pointer, not the file itself: git lfs pull in its folder"
+    ):
+        load_tokenizer(str(tmp_path))
+
+
+def test_the_pointer_in_the_place_of_generation_config(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(POINTER)
+    with pytest.raises(ValueError, match=r"generation_config\.json is a Git LFS pointer"):
+        load_generation_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(("there", "lacking"), [((), "sentencepiece and protobuf"), (("sentencepiece",), "protobuf")])
+def test_a_vocabulary_of_sentencepiece_alone_names_the_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], lacking: str
+) -> None:
+    for name in ("sentencepiece", "protobuf"):
+        monkeypatch.setattr(f"spmd.api.tokenizer.is_{name}_available", lambda name=name: name in there)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15")  # as SentencePiece's begin
+    with pytest.raises(
+        ValueError, match=f"tokenizer.model needs {lacking}: pip install {lacking.replace(' and', '')}, or"
+    ):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_its_vocabulary(tmp_path: Path) -> None:
+    """transformers makes one of three tokens of it, for which every prompt is unknown."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json, but no vocabulary: tokenizer\.json or tokenizer\.model"
+    ):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert load_tokenizer(str(tmp_path)) is not None
