@@ -11,6 +11,7 @@ from spmd.api.rows import RowParser
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
+from spmd.guard.ending import after_start_up
 from spmd.leader import Leader
 from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
@@ -53,7 +54,8 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
                 f"start again with output={config.output} to go on"
             )
         elif metrics:
-            _finish(files, reader, metrics)
+            with after_start_up():
+                _finish(files, reader, metrics)
 
 
 def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> Metrics | None:

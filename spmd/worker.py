@@ -15,6 +15,7 @@ from spmd import STARTED
 from spmd.api.source import Source
 from spmd.config import Config
 from spmd.engine import Engine, Replicas, Results, Watch, unwatched
+from spmd.guard.ending import after_start_up
 from spmd.guard.guard import Guard
 from spmd.leader import Followed, Judged, Leader
 from spmd.model.checkpoint import check_files
@@ -65,10 +66,11 @@ class Worker:
         `closing` is called on every rank at the end, still under guard.
 
         Raises:
-            ValueError: where there is no other rank; else it ends the run, see `Guard`.
+            Mistake: what the user can mend, where there is no other rank; else it ends the run, see `Guard`.
+            RuntimeError: any other ValueError.
         """
         t = self.topology
-        with self._guarded() as digests, self.stop.gentle():
+        with after_start_up(), self._guarded() as digests, self.stop.gentle():
             engine = self._engine(source, leader, digests, watch)
             log.info("start-up: %s", self.phases)
             started, busy = perf_counter(), self.stage.clock.total()
