@@ -13,11 +13,12 @@ from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
 from spmd.guard.ending import after_start_up
 from spmd.leader import Leader
+from spmd.messages import Mistake
 from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.run_files import Files, check_paths
+from spmd.run_files import Files, check_paths, first_error
 from spmd.runtime.agreement import agree, from_rank_0, together
 from spmd.runtime.main import main
 from spmd.signals import Stop, name
@@ -39,7 +40,8 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
         complete = together(topology, lambda: files.complete(task) if topology.rank == 0 else None)
         if from_rank_0(topology, complete is not None):
             if complete:
-                _finish(files, complete)
+                reader, left = complete
+                _finish(files, reader, files.write_errors(task, left), len(left))
             return
         agree(together(topology, lambda: files.facts(task)))
         worker = start(settings, topology, stop)
@@ -55,7 +57,7 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
             )
         elif metrics:
             with after_start_up():
-                _finish(files, reader, metrics)
+                _finish(files, reader, topology.dp, metrics.rows_ok + metrics.rows_failed, metrics)
 
 
 def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> Metrics | None:
@@ -73,10 +75,15 @@ def _answer(worker: Worker, reader: Reader, parser: RowParser, files: Files) -> 
     return metrics
 
 
-def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> None:
-    """Put the output together and tell of it, on rank 0; without metrics no rank had anything to do."""
+def _finish(files: Files, reader: Reader, parts: int, done: int, metrics: Metrics | None = None) -> None:
+    """Put the output together of earlier answers and `done` more in `parts`, and tell of it, on rank 0.
+
+    `metrics`: None if no model was needed.
+
+    Raises:
+        Mistake: no row could be answered, now or earlier; the output, which says why row by row, is complete.
+    """
     assert files.journal
-    parts, done = (files.topology.dp, metrics.rows_ok + metrics.rows_failed) if metrics else (0, 0)
     unused = files.journal.finish(parts, reader.done, done, files.settings.output_order == "completion")
     earlier = f"{reader.done.num_set:,}"
     if metrics:
@@ -84,12 +91,16 @@ def _finish(files: Files, reader: Reader, metrics: Metrics | None = None) -> Non
         if reader.done.num_set:
             print(f"resumed: {earlier} more rows were done by earlier runs")
     else:
-        print(f"nothing to do: all {earlier} rows were done by earlier runs")
+        more = f", {done:,} more can't be answered" if done else ""
+        print(f"nothing to do: all {earlier} rows were done by earlier runs{more}")
     if unused:
         print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.paths.unused}")
     print(f"answers: {files.output}")
     if metrics:
         print(f"figures: {write_json(metrics, files.output)}")
+    answered = files.journal.answered or (metrics and metrics.rows_ok)
+    if not answered and (rows := done + reader.done.num_set):
+        raise Mistake(f"none of the {rows:,} rows could be answered; {first_error(files.output)}")
 
 
 def _parser(worker: Worker, now: datetime) -> RowParser:

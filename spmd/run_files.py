@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from spmd.api.reader import Reader, check_input, count_lines, input_digest
-from spmd.api.rows import RowParser
+from spmd.api.answers import error_line
+from spmd.api.reader import Reader, check_input, input_digest
+from spmd.api.rows import BadRow, RowParser
 from spmd.config import Config
 from spmd.journal.fingerprint import fingerprint
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
 from spmd.journal.paths import shard_output
 from spmd.journal.writer import PartWriter
+from spmd.messages import Mistake
 from spmd.settings import Settings
 from spmd.topology import Topology
 
@@ -74,12 +76,28 @@ class Files:
         identity = json.dumps(task.header["identity"], sort_keys=True)
         return Reader(self.input, parser, KeyTable(task.done), identity, task.size, self.settings.shard)
 
-    def complete(self, task: Task) -> Reader | None:
-        """A reader that has met all rows, if none of them is left to answer. On rank 0."""
+    def complete(self, task: Task) -> tuple[Reader, list[BadRow]] | None:
+        """On rank 0, if no row is left that a model could answer: a reader that has met all rows, and those left.
+
+        Such are lines that aren't JSON, say, or that have an earlier row's id. Blank lines are no rows.
+        """
         reader = self.reader(task)
-        if len(reader.done) * reader.shards < count_lines(self.input, task.size):
-            return None  # as nearly always; known without a look at the rows
-        return None if reader.next_row(own=False) else reader
+        left = reader.unanswerable()
+        if left is None:
+            return None
+        if not reader.rows:
+            raise Mistake(f"input={self.input} has no rows, only blank lines")
+        return reader, left
+
+    def write_errors(self, task: Task, rows: list[BadRow]) -> int:
+        """On rank 0, with no model: write down why rows can't be answered. Returns how many parts it made."""
+        if not rows:
+            return 0
+        with PartWriter(self.output, 0, task.header) as part:
+            for row in rows:
+                part.write(row.index, error_line(row), row.key, True)
+            part.close()
+        return 1
 
     def open_part(self, task: Task) -> None:
         """On a leader, make its part."""
@@ -99,6 +117,13 @@ class Files:
             self.part.__exit__(*error)
         if self.journal:
             self.journal.close()
+
+
+def first_error(output: str) -> str:
+    """Of which row the first line of an output of errors is, and what it says."""
+    with open(output, "rb") as file:
+        line = json.loads(file.readline())
+    return f"{line['custom_id']}: {line['error']['message']}"
 
 
 def _identity(settings: Settings) -> dict[str, Any]:
