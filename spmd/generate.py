@@ -21,6 +21,7 @@ from spmd.report.summary import table, write_json
 from spmd.run_files import Files, check_paths, first_error
 from spmd.runtime.agreement import agree, from_rank_0, together
 from spmd.runtime.main import main
+from spmd.runtime.run_dir import warn
 from spmd.signals import Stop, name
 from spmd.topology import Topology
 from spmd.worker import Worker, settle, start
@@ -50,6 +51,8 @@ def generate(config: Config, topology: Topology, stop: Stop) -> None:
         together(topology, lambda: files.open_part(task))
         worker.phases.end("tokenizer")
         metrics = _answer(worker, reader, parser, files)
+        if metrics and parser.caution:  # of rank 0's replica
+            warn(parser.caution, topology.rank)
         if metrics and stop.stopped:
             print(
                 f"stopped by {name(stop.stopped)} with {metrics.rows_ok + metrics.rows_failed:,} rows done; "

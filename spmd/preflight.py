@@ -182,7 +182,7 @@ def _input(path: str, parser: RowParser, shard: Sequence[int] | None) -> list[st
     about = estimate_rows(reader.rows, reader.consumed, reader.size) or 0
     rows = f"{about:,} rows" if reader.consumed >= reader.size else f"about {about:,} rows"
     told = f"{path}: {rows}, {readable(reader.size)}; of the first {good + len(bad):,} {len(bad):,} will be error lines"
-    return [told, *bad[:SHOWN]]
+    return [told, *bad[:SHOWN], *([f"warning: {parser.caution}"] if parser.caution else [])]
 
 
 def _output(output: str, input: str | None) -> str:

@@ -1,6 +1,6 @@
 """The prompt of a row as token ids: given as such, tokenized from text, or rendered by the chat template."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spmd.api.sampling_keys import boolean, token_ids
@@ -25,6 +25,12 @@ def text_prompt(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> lis
     if isinstance(prompt, list):
         return _checked(list(token_ids("prompt", prompt, vocab_size)), vocab_size)
     raise ValueError(f"prompt must be a string or a list of token ids, not {show(prompt)}")
+
+
+def begins_twice(prompt: Sequence[int], body: Mapping[str, Any], tokenizer: Any) -> bool:
+    """Whether a text brought its own beginning-of-sequence token, and the tokenizer put another before it."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and isinstance(body.get("prompt"), str) and list(prompt[:2]) == [bos, bos]
 
 
 def chat_prompt(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:

@@ -276,3 +276,32 @@ def test_any_value_for_any_key_is_a_job_or_a_bad_row() -> None:
 def test_load_gives_the_id_without_building() -> None:
     row = load(b'{"custom_id": "a", "temperature": "never looked at"}', 4)
     assert isinstance(row, Row) and (row.index, row.custom_id) == (4, "a")
+
+
+def test_a_row_without_a_prompt_is_told_which_keys_it_has() -> None:
+    def told(row: Mapping[str, Any]) -> str:
+        bad = parse(row)
+        assert isinstance(bad, BadRow)
+        return bad.message
+
+    assert told({"text": "hello", "id": 5}) == "the row has neither prompt nor messages, only 'text', 'id'"
+    assert told({"Prompt": "hello"}) == "the row has neither prompt nor messages, only 'Prompt'"
+    assert told({"custom_id": "a"}) == "the row has neither prompt nor messages, no keys at all"
+    assert told({"prompt": None, "seed": 1}) == "the row has neither prompt nor messages, only 'seed'"
+    asked = json.loads(batch("a", "/v1/completions", {"input": "x"}))
+    assert told(asked) == "the row has no prompt, only 'input'"
+    assert told(dict.fromkeys(map(str, range(20)), 1)).endswith("'6', '7' and 12 more")
+
+
+def test_a_text_that_brings_its_own_beginning_is_told() -> None:
+    """The row's answer stays what it is."""
+    parser = make_parser()
+    rows = [
+        *({"prompt": "hello"}, {"prompt": "<bos>hello"}, {"prompt": "<bos>hello", "add_special_tokens": False}),
+        *({"prompt": [0, 0, 7]}, {"messages": [{"role": "user", "content": "<bos><bos>"}]}, {"prompt": "<bos>x"}),
+    ]
+    jobs = [parser.parse(json.dumps(row).encode(), place) for place, row in enumerate(rows)]
+    assert isinstance(jobs[1], Job) and jobs[1].prompt_token_ids[:2] == [0, 0]
+    assert parser.begun_twice == 2
+    assert parser.caution.startswith("2 prompts begin with '<bos>' and get another one from the tokenizer; leave it")
+    assert make_parser().caution == ""
