@@ -10,9 +10,10 @@ from spmd.api.reader import Reader
 from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
-from spmd.intake.feeder import Feeder
-from spmd.intake.source import PreparedRows
 from spmd.leader import Leader
+from spmd.processes.feeder import Feeder
+from spmd.processes.outlet import Outlet
+from spmd.processes.source import PreparedRows
 from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
@@ -26,11 +27,12 @@ from spmd.topology import Topology
 from spmd.worker import Worker, settle, start
 
 
-def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder) -> None:
+def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, outlet: Outlet) -> None:
     """Answer every row of `config.input`, or of one shard of it.
 
     Args:
         feeder: reads the rows, if this rank is the first of its host.
+        outlet: writes the answers, if this rank is the leader of its replica.
 
     Raises:
         ValueError: what the user can mend.
@@ -46,12 +48,13 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder) -> 
                 _finish(files, complete)
             return
         agree(together(topology, lambda: files.facts(snapshot)))
-        tokenizer = together(topology, lambda: _tokenizer(settings, topology))  # before weights
+        tokenizer = together(topology, lambda: _tokenizer(settings, topology, outlet))  # before weights
         worker = start(settings, topology, stop)
         rows = _rows(worker, files, snapshot, feeder)
-        together(topology, lambda: files.open_part(snapshot))
+        together(topology, lambda: files.open_part(snapshot, outlet))
         worker.phases.end("tokenizer")
-        metrics = _answer(worker, rows, tokenizer, files)
+        leader = Leader(tokenizer, Metrics(), outlet) if topology.is_leader else None
+        metrics = _answer(worker, rows, leader, files)
         if metrics and stop.stopped:
             print(
                 f"stopped by {name(stop.stopped)} with {metrics.rows_ok + metrics.rows_failed:,} rows done; "
@@ -61,16 +64,15 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder) -> 
             _finish(files, rows, metrics)
 
 
-def _answer(worker: Worker, rows: PreparedRows, tokenizer: Any, files: RunFiles) -> Metrics | None:
+def _answer(worker: Worker, rows: PreparedRows, leader: Leader | None, files: RunFiles) -> Metrics | None:
     """Answer the rows; on rank 0 returns the figures of all ranks."""
-    settings, part, journal = worker.settings, files.part, files.journal
-    leader = Leader(tokenizer, settings.model.path, Metrics(), part.write) if part else None
+    settings, journal = worker.settings, files.journal
     progress = Progress(perf_counter(), settings.progress) if journal else None
     watches: list[Watch] = [_show(progress, rows)] if progress else []
     if journal:
         watches.append(lambda _: journal.watch(monotonic()))
     with profiled(settings.profile, worker.run_dir, worker.topology.rank) as profiler:
-        metrics = worker.run(rows, leader, all_of(*watches, profiler), files.close_part)
+        metrics = worker.run(rows, leader, all_of(*watches, profiler))
     if progress and metrics:
         progress.finish(perf_counter(), metrics.rows_ok + metrics.rows_failed, metrics.output_tokens)
     return metrics
@@ -110,10 +112,13 @@ def _rows(worker: Worker, files: RunFiles, snapshot: Snapshot, feeder: Feeder) -
     return PreparedRows(place, ranks.index(topology.rank), len(ranks), files.reader(snapshot))
 
 
-def _tokenizer(settings: Settings, topology: Topology) -> Any:
-    """On a leader, for texts of answers."""
+def _tokenizer(settings: Settings, topology: Topology, outlet: Outlet) -> Any:
+    """On a leader, for stop strings; its outlet loads another one meanwhile, for texts."""
     m = settings.model
-    return load_tokenizer(m.tokenizer, m.revision) if topology.is_leader else None
+    if not topology.is_leader:
+        return None
+    outlet.load(m.tokenizer, m.revision)
+    return load_tokenizer(m.tokenizer, m.revision)
 
 
 def _show(progress: Progress, reader: PreparedRows) -> Watch:
@@ -133,8 +138,8 @@ def _show(progress: Progress, reader: PreparedRows) -> Watch:
 
 def cli() -> None:
     """The command `spmd-generate`."""
-    with Feeder() as feeder:  # before anything has threads
-        main(lambda config, topology, stop: generate(config, topology, stop, feeder))
+    with Feeder() as feeder, Outlet() as outlet:  # before anything has threads
+        main(lambda config, topology, stop: generate(config, topology, stop, feeder, outlet))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,58 @@
 """Where sampled tokens go: the leader of a replica decides when a request ends, and tells the other ranks.
 
-One packet for each plan carries that. The leader also puts the answers together and keeps the clock.
+One packet for each plan carries that. The leader also sends on what has ended, to be written, and keeps the clock.
 """
 
+from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
-from spmd.api.answers import answer_line, complete, error_line
-from spmd.api.choices import Completion
+from spmd.api.answers import Finished, Head
 from spmd.api.rows import BadRow, Job
 from spmd.api.tokenizer import StopChecker
-from spmd.messages import first_line
 from spmd.parallel.packet import Packet, PacketWire
 from spmd.report.metrics import Clock, Metrics
 from spmd.sampling.sampler import Sampled
 from spmd.schedule.plan import Plan
-from spmd.schedule.request import Request, SamplingParams, TokenLogprobs
+from spmd.schedule.request import Request, SamplingParams
 from spmd.signals import Stop
 
-Write = Callable[[int, str, int | None, bool], None]
+
+class Answers(Protocol):
+    """Where a leader sends what has ended: `spmd.processes.outlet`, or nowhere."""
+
+    def choice(self, row: int, number: int, finished: Finished) -> None:
+        """Choice `number` of a row has ended."""
+
+    def answer(self, head: Head) -> None:
+        """All choices of a row have ended."""
+
+    def error(self, row: BadRow) -> None:
+        """A row has no answer."""
+
+    def flush(self) -> None:
+        """Let go what was sent. Called once for each plan that is committed."""
+
+    def close(self) -> int:
+        """All rows have ended; returns how many of those that were to be answered couldn't be."""
+
+
+class Unwritten:
+    """Nobody asks for the answers: a benchmark."""
+
+    def choice(self, row: int, number: int, finished: Finished) -> None: ...
+
+    def answer(self, head: Head) -> None: ...
+
+    def error(self, row: BadRow) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> int:
+        return 0
 
 
 @dataclass(slots=True)
@@ -31,35 +62,33 @@ class Choice:
     clock: Clock
     checker: StopChecker | None
     ends: frozenset[int]  # token ids that end it
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: "array[float]" = field(default_factory=lambda: array("d"))  # as `Sampled.fetch` gives them, in a row
     finish_reason: str | None = None  # None: it goes on
     stop_reason: int | str | None = None
 
 
 @dataclass(slots=True)
 class Open:
-    """A row that isn't answered yet, and those of its choices that are complete."""
+    """A row that isn't answered yet."""
 
     job: Job
     left: int  # choices that aren't finished
-    completions: dict[int, Completion] = field(default_factory=dict)
-    failure: str = ""  # why one of them can't be
 
 
 class Leader:
-    def __init__(self, tokenizer: Any, model: str, metrics: Metrics, write: Write | None = None) -> None:
-        """`write(index, line, key, failed)` takes answers and errors; None throws all away (a benchmark)."""
+    def __init__(self, tokenizer: Any, metrics: Metrics, answers: Answers | None = None) -> None:
+        """`tokenizer`: for stop strings."""
         self.tokenizer = tokenizer
-        self.model = model
         self.metrics = metrics
-        self.write = write
+        self.answers = answers or Unwritten()
         self.rows: dict[int, Open] = {}
         self.choices: dict[Request, Choice] = {}
 
     def open(self, row: Job | BadRow) -> None:
-        """A row came in: open it, or write down at once why it can't be answered."""
+        """A row came in: open it, or send on at once why it can't be answered."""
         if isinstance(row, BadRow):
-            self._fail(row)
+            self.metrics.rows_failed += 1
+            self.answers.error(row)
             return
         now = perf_counter()
         self.rows[row.index] = Open(row, len(row.requests))
@@ -84,7 +113,7 @@ class Leader:
                 continue
             clocks.append(choice.clock)
             if logprobs and (chosen := logprobs[place]):
-                choice.logprobs.append(chosen)
+                choice.logprobs.extend(chosen)
             if token in choice.ends or choice.checker or position >= request.full_length:
                 choice.finish_reason = _finish_reason(request, choice, token, position)
                 ended[place] = choice.finish_reason is not None
@@ -92,54 +121,24 @@ class Leader:
         return tokens, ended
 
     def finish(self, request: Request) -> None:
-        """A request's last token is committed; write the row's answer once all its choices are there.
-
-        Whatever fails while an answer is put together fails that row alone: it gets an error line.
-        """
+        """A request's last token is committed: send it on, and its row once all choices of that are there."""
         row, choice = self.rows[request.index], self.choices.pop(request)
+        assert choice.finish_reason is not None
         self.metrics.finished(request, choice.clock, perf_counter())
+        text = choice.checker.text if choice.checker else None
+        finished = Finished.of(request, choice.finish_reason, choice.stop_reason, text, choice.logprobs)
+        self.answers.choice(request.index, request.choice, finished)
         row.left -= 1
-        if self.write:
-            try:
-                row.completions[request.choice] = self._completion(request, choice)
-            except Exception as error:  # a tokenizer's own affair
-                row.failure = row.failure or first_line(error)
         if not row.left:
             del self.rows[request.index]
-            self._answer(row)
-
-    def _answer(self, row: Open) -> None:
-        job = row.job
-        if not self.write:
             self.metrics.rows_ok += 1
-            return
-        try:
-            if row.failure:
-                raise ValueError(row.failure)
-            completions = [row.completions[number] for number in range(len(row.completions))]
-            line = answer_line(job, completions, self.model, self.tokenizer)
-        except Exception as error:
-            reason = f"the answer can't be put together: {first_line(error)}"
-            self._fail(BadRow(job.index, job.custom_id, reason, "server_error", job.key))
-        else:
-            self.write(job.index, line, job.key, False)
-            self.metrics.rows_ok += 1
+            self.answers.answer(Head.of(row.job))
 
-    def _fail(self, row: BadRow) -> None:
-        self.metrics.rows_failed += 1
-        if self.write:
-            self.write(row.index, error_line(row), row.key, True)
-
-    def _completion(self, request: Request, choice: Choice) -> Completion:
-        assert choice.finish_reason is not None
-        return complete(
-            self.tokenizer,
-            request,
-            choice.finish_reason,
-            choice.stop_reason,
-            choice.checker.text if choice.checker else None,
-            choice.logprobs if request.params.logprobs is not None else None,
-        )
+    def close(self) -> None:
+        """All rows have ended: see to it that their answers are where they belong."""
+        failed = self.answers.close()
+        self.metrics.rows_ok -= failed
+        self.metrics.rows_failed += failed
 
 
 class Packets(Protocol):
@@ -178,6 +177,7 @@ class Judged:
     def finish(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.leader.finish(request)
+        self.leader.answers.flush()
         if requests:
             self.last_finish = perf_counter()
 

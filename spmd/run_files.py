@@ -1,4 +1,4 @@
-"""The input and the output of one run as its ranks have them: rank 0 holds the output, a replica's leader its part."""
+"""The input and the output of one run as its ranks have them."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from typing import Any
 
 from spmd.api.reader import Reader, check_input, count_lines, input_digest
 from spmd.config import Config
-from spmd.intake.feeder import Intake
 from spmd.journal.fingerprint import fingerprint, first_form
 from spmd.journal.identity import told_earlier
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
 from spmd.journal.paths import Paths, shard_output
-from spmd.journal.writer import PartWriter
 from spmd.model.checkpoint import resolve, weight_files
+from spmd.processes.feeder import Intake
+from spmd.processes.outlet import Outlet
 from spmd.settings import Settings
 from spmd.topology import Topology
 
@@ -44,7 +44,7 @@ def check_paths(config: Config) -> tuple[str, str]:
 
 
 class RunFiles:
-    """Input, output and part of a run on one rank; a context manager, which lets go of them with all answers in place.
+    """Input and output of a run on one rank, of which rank 0 holds the latter; a context manager, which lets go of it.
 
     Raises:
         ValueError: from any call, what the user can mend.
@@ -57,7 +57,6 @@ class RunFiles:
         self.output = shard_output(output, settings.shard)
         self.errors = settings.errors and shard_output(settings.errors, settings.shard)
         self.journal: Journal | None = None
-        self.part: PartWriter | None = None
 
     def open(self) -> Snapshot | None:
         """Check the input and, on rank 0, take hold of the output; what all ranks must know then."""
@@ -131,22 +130,15 @@ class RunFiles:
             return None  # as nearly always; known without a look at the rows
         return None if reader.next_row(own=False) else reader
 
-    def open_part(self, snapshot: Snapshot) -> None:
-        """On a leader, make its part."""
+    def open_part(self, snapshot: Snapshot, outlet: Outlet) -> None:
+        """On a leader, have its part made."""
         if self.topology.is_leader:
-            self.part = PartWriter(self.output, self.topology.dp_rank, snapshot.header)
-
-    def close_part(self) -> None:
-        """On a leader, see to it that all of its part is on the disk."""
-        if self.part:
-            self.part.close()
+            outlet.open(self.output, self.topology.dp_rank, snapshot.header, self.settings.model.path)
 
     def __enter__(self) -> "RunFiles":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.part:
-            self.part.__exit__(*error)
+    def __exit__(self, *_: object) -> None:
         if self.journal:
             self.journal.close()
 

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +58,8 @@ class Worker:
         source: Source,
         leader: Leader | None,
         watch: Watch = unwatched,
-        closing: Callable[[], None] | None = None,
     ) -> Metrics | None:
         """Answer all rows of `source`, or those until all ranks stop; on rank 0 returns the figures of all ranks.
-
-        `closing` is called on every rank at the end, still under guard.
 
         Raises:
             ValueError: where there is no other rank; else it ends the run, see `Guard`.
@@ -74,12 +71,11 @@ class Worker:
             log.info("start-up: %s", self.phases)
             started, busy = perf_counter(), self.stage.clock.total()
             engine.run()
-            seconds, busy = perf_counter() - started, self.stage.clock.total() - busy
+            busy = self.stage.clock.total() - busy
+            together(t, lambda: leader.close() if leader else None)
+            seconds = perf_counter() - started  # until all answers are where they belong
             self.stop.stopped = engine.replicas.stopped
-            metrics = _gather(self._metrics(engine, started, seconds, busy), t)
-            if closing:
-                together(t, closing)
-        return metrics
+            return _gather(self._metrics(engine, started, seconds, busy), t)
 
     @contextmanager
     def _guarded(self) -> Iterator[DigestChain | Undigested]:

@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 
-from spmd.api.reader import Reader
+from spmd.api.answers import Head
 from spmd.journal.paths import Paths
 from spmd.journal.writer import PartWriter
+from spmd.processes.outlet import Outlet
 from spmd.stage import build
 from tests.support.attempts import enlarge, small_disk
 from tests.support.broken_rows import make_rows
 from tests.support.checkpoints import write_checkpoint
 from tests.support.jobs import ROOT, alive, bodies, launcher, read_rows, run, run_here, start, torchrun, write_rows
 from tests.support.ranks import Ranks
+from tests.support.slurm_cluster import until
 from tests.support.tiny_tokenizer import make_tokenizer
 
 DEMO = ("model=demo", "model.dtype=float32")  # few CPUs compute in bfloat16 without detours
@@ -136,25 +138,24 @@ def test_bad_rows_do_not_end_the_run_and_answers_are_written_as_they_finish(
     write_rows(here / "in.jsonl", rows)
     with open(here / "in.jsonl", "a") as file:
         file.write('{"prompt": "1+1=", \n')
-    readers: list[Reader] = []
-    read_at_write: list[int] = []
-    make, write = Reader.__init__, PartWriter.write
+    part, send, flush = parts_of(here / "out.jsonl") / "part-0.jsonl", Outlet.answer, Outlet.flush
+    sent: list[int] = []
+    looks: list[int] = []
 
-    def made(self: Reader, *args: Any) -> None:
-        make(self, *args)
-        readers.append(self)
+    def answer(self: Outlet, head: Head) -> None:
+        send(self, head)
+        sent.append(head.row)
 
-    def written(self: PartWriter, *args: Any) -> None:
-        write(self, *args)
-        part = parts_of(here / "out.jsonl") / "part-0.jsonl"
-        if len(read_at_write) in (0, 100):
-            assert part.read_bytes().count(b"\n") == 1 + len(read_at_write) + 1  # at once in the file
-        read_at_write.append(readers[0].rows)
+    def flushed(self: Outlet, **most: int) -> None:
+        flush(self, **most)
+        if len(sent) > 100 * (1 + len(looks)) and len(looks) < 5:  # the loop stands still meanwhile
+            looks.append(len(sent))
+            until(lambda: part.read_bytes().count(b"\n") > len(sent), "answers in the part", timeout=20)
 
-    monkeypatch.setattr(Reader, "__init__", made)
-    monkeypatch.setattr(PartWriter, "write", written)
+    monkeypatch.setattr(Outlet, "answer", answer)
+    monkeypatch.setattr(Outlet, "flush", flushed)
     assert run_here(*DEMO, "input=in.jsonl", "output=out.jsonl", "scheduler.max_num_seqs=16", *GREEDY) == 0
-    assert read_at_write[0] <= 16
+    assert len(looks) == 5 and len(sent) == 1999
     answered = {row["custom_id"]: row["error"] and row["error"]["code"] for row in read_rows(here / "out.jsonl")}
     assert len(answered) == 2001
     assert {key: code for key, code in answered.items() if code} == {
@@ -323,17 +324,17 @@ def test_one_run_directory_for_all_ranks(here: Path) -> None:
 
 def cut(run: Callable[[], object], after: int) -> list[int]:
     """A run in this process that is cut after so many answers; the rows that were answered."""
-    write = PartWriter.write
+    answer = Outlet.answer
     written: list[int] = []
 
-    def until_cut(self: PartWriter, index: int, *args: Any) -> None:
+    def until_cut(self: Outlet, head: Head) -> None:
         if len(written) == after:
             raise KeyboardInterrupt
-        write(self, index, *args)
-        written.append(index)
+        answer(self, head)
+        written.append(head.row)
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(PartWriter, "write", until_cut)
+        patched.setattr(Outlet, "answer", until_cut)
         run()
     return written
 
@@ -440,17 +441,18 @@ def test_what_is_deleted_while_a_run_works_is_in_its_output(here: Path, monkeypa
     common = (*DEMO, "input=in.jsonl", "run_dir=run", "scheduler.max_num_seqs=4", *GREEDY)
     assert run_here(*common, "output=whole.jsonl") == 0
     cut(lambda: run_here(*common, "output=out.jsonl"), 20)
-    write, written = PartWriter.write, []
+    write, written = PartWriter.write, here / "written"
 
-    def deleting(self: PartWriter, *args: Any) -> None:
+    def deleting(self: PartWriter, *args: Any) -> None:  # in the process that writes
         write(self, *args)
-        written.append(args)
-        if len(written) in (1, 20):
+        with open(written, "a") as file:
+            file.write("x")
+        if written.stat().st_size in (1, 20):
             shutil.rmtree(parts_of(here / "out.jsonl"), ignore_errors=True)
 
     monkeypatch.setattr(PartWriter, "write", deleting)
     assert run_here(*common, "output=out.jsonl") == 0
-    assert len(written) == 40 and not parts_of(here / "out.jsonl").exists()
+    assert written.stat().st_size == 40 and not parts_of(here / "out.jsonl").exists()
     assert (here / "out.jsonl").read_bytes() == (here / "whole.jsonl").read_bytes()
 
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("engine",),
     ("leader", "run_files", "runtime"),
     ("stage",),
-    ("settings", "intake"),
+    ("settings", "processes"),
     ("backend", "api"),
     ("sampling", "report", "model", "journal", "guard"),
     ("parallel",),

@@ -9,6 +9,7 @@ import torch
 from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import Job
 from spmd.leader import Leader
+from spmd.processes.answer_writer import AnswerWriter
 from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import Sampled, Sampler
 from spmd.schedule.plan import Plan
@@ -25,7 +26,8 @@ class Judged:
 
     def __init__(self, **params: Any) -> None:
         self.lines: list[dict[str, Any]] = []
-        self.leader = Leader(TOKENIZER, "tested", Metrics(), lambda _, line, *key: self.lines.append(json.loads(line)))
+        writer = AnswerWriter(TOKENIZER, "tested", lambda _, line, *key: self.lines.append(json.loads(line)))
+        self.leader = Leader(TOKENIZER, Metrics(), writer)
         self.request = Request(0, 0, [*PROMPT], SamplingParams(temperature=0.0, **params))
         self.leader.open(Job(0, "a", COMPLETIONS, [self.request], [PROMPT], return_token_ids=True))
         self.judged = 0
@@ -115,6 +117,7 @@ def test_an_answer_that_cannot_be_put_together_fails_its_row_alone() -> None:
     assert verdicts == [True]
     broken.request.tokens += tokens
     broken.leader.finish(broken.request)
+    broken.leader.close()
     (line,) = broken.lines
     assert "the answer can't be put together" in str(line["error"]) and "server_error" in str(line["error"])
     assert (broken.leader.metrics.rows_ok, broken.leader.metrics.rows_failed) == (0, 1)
@@ -129,7 +132,7 @@ def test_a_tokenizer_that_fails_fails_one_choice_and_so_its_row() -> None:
             raise OSError("no such id")
 
     lines: list[str] = []
-    leader = Leader(Fails(), "tested", Metrics(), lambda _, line, *key: lines.append(line))
+    leader = Leader(TOKENIZER, Metrics(), AnswerWriter(Fails(), "tested", lambda _, line, *key: lines.append(line)))
     requests = [Request(0, choice, [*PROMPT], SamplingParams(temperature=0.0, max_tokens=1)) for choice in range(2)]
     leader.open(Job(0, "a", COMPLETIONS, requests, [PROMPT]))
     plan = Plan(0, sampled=requests, sample_positions=[len(PROMPT)] * 2)

@@ -5,47 +5,91 @@ can be compared byte by byte.
 """
 
 import json
+from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 from spmd.api.choices import Completion
+from spmd.api.endpoints import BY_URL
 from spmd.api.rows import BadRow, Job
-from spmd.api.tokenizer import output_text
+from spmd.api.tokenizer import MOST_CONTEXT, output_text
 from spmd.journal.format import one_line
-from spmd.schedule.request import Request, TokenLogprobs
+from spmd.schedule.request import Request, token_logprobs
 
 
-def complete(
-    tokenizer: Any,
-    request: Request,
-    finish_reason: str,
-    stop_reason: int | str | None = None,
-    stopped_text: str | None = None,
-    logprobs: Sequence[TokenLogprobs] | None = None,
-) -> Completion:
-    """The completion of a finished request, its output decoded.
+class Finished(NamedTuple):
+    """A choice that has ended, as the loop hands it on: no text yet, and numbers in arrays, which travel at no cost."""
+
+    context: Sequence[int]  # the last tokens of the prompt
+    tokens: "array[int]"  # of the output, with the one that ended it
+    skip_special_tokens: bool
+    shows_stop: bool  # the token that ended it is part of the text
+    finish_reason: str
+    stop_reason: int | str | None
+    stopped_text: str | None  # `StopChecker.text` where a stop string ended it
+    logprobs: "array[float] | None"  # as `Sampled.fetch` gives them, token behind token
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        finish_reason: str,
+        stop_reason: int | str | None = None,
+        stopped_text: str | None = None,
+        logprobs: "array[float] | None" = None,
+    ) -> "Finished":
+        params, end = request.params, request.prompt_len
+        return cls(
+            request.tokens[max(0, end - MOST_CONTEXT) : end],
+            array("i", request.output),
+            params.skip_special_tokens,
+            params.include_stop_str_in_output,
+            finish_reason,
+            stop_reason,
+            stopped_text,
+            logprobs if params.logprobs is not None else None,
+        )
+
+
+class Head(NamedTuple):
+    """What an answer repeats of its row."""
+
+    row: int  # its number
+    custom_id: str
+    url: str  # of the endpoint
+    key: int | None
+    prompt_tokens: int
+    prompts: list[list[int]] | None  # token ids, where the answer is to have ids
+
+    @classmethod
+    def of(cls, job: Job) -> "Head":
+        shown = job.prompts if job.return_token_ids else None
+        return cls(job.index, job.custom_id, job.endpoint.url, job.key, sum(map(len, job.prompts)), shown)
+
+
+def complete(tokenizer: Any, finished: Finished) -> Completion:
+    """The completion of a choice, its output decoded.
 
     A token that ended it (end of sequence, stop token) is not part of the text unless include_stop_str_in_output,
-    as in vLLM. `stopped_text` is `StopChecker.text` where a stop string ended it.
+    as in vLLM.
     """
-    params, output = request.params, request.output
-    if isinstance(stop_reason, str):
-        assert stopped_text is not None
-        return Completion(stopped_text, output, finish_reason, stop_reason, logprobs)
-    by_token = finish_reason == "stop" and not params.include_stop_str_in_output
-    prompt = request.tokens[: request.prompt_len]
-    text = output_text(tokenizer, prompt, output[:-1] if by_token else output, params.skip_special_tokens)
-    return Completion(text, output, finish_reason, stop_reason, logprobs)
+    f, tokens, text = finished, finished.tokens.tolist(), finished.stopped_text
+    if not isinstance(f.stop_reason, str):
+        by_token = f.finish_reason == "stop" and not f.shows_stop
+        text = output_text(tokenizer, f.context, tokens[:-1] if by_token else tokens, f.skip_special_tokens)
+    assert text is not None
+    logprobs = None if f.logprobs is None else token_logprobs(f.logprobs, len(tokens))
+    return Completion(text, tokens, f.finish_reason, f.stop_reason, logprobs)
 
 
-def answer_line(job: Job, completions: Sequence[Completion], model: str, tokenizer: Any) -> str:
-    """The line (without newline) that answers a job. `completions` in the order of `job.requests`.
+def answer_line(head: Head, completions: Sequence[Completion], model: str, tokenizer: Any) -> str:
+    """The line (without newline) that answers a row. `completions` in the order of its requests.
 
     `model` is the one that ran, whatever the row named.
     """
-    endpoint, digest = job.endpoint, _digest(job.custom_id)
-    prompt_tokens, output_tokens = sum(map(len, job.prompts)), sum(len(c.token_ids) for c in completions)
+    endpoint, digest = BY_URL[head.url], _digest(head.custom_id)
+    output_tokens = sum(len(completion.token_ids) for completion in completions)
     body = {
         "id": f"{endpoint.id_prefix}-{digest}",
         "object": endpoint.object,
@@ -53,15 +97,15 @@ def answer_line(job: Job, completions: Sequence[Completion], model: str, tokeniz
         "model": model,
         "choices": [endpoint.choice(index, completion, tokenizer) for index, completion in enumerate(completions)],
         "usage": {
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": head.prompt_tokens,
             "completion_tokens": output_tokens,
-            "total_tokens": prompt_tokens + output_tokens,
+            "total_tokens": head.prompt_tokens + output_tokens,
         },
     }
-    if job.return_token_ids:
-        _add_token_ids(body, job, completions)
+    if head.prompts:
+        _add_token_ids(body, head.prompts, endpoint.prompt_ids_in_choices, completions)
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
-    return _line(job.custom_id, response=response)
+    return _line(head.custom_id, response=response)
 
 
 def error_line(row: BadRow) -> str:
@@ -74,15 +118,17 @@ def error_line(row: BadRow) -> str:
     return _line(row.custom_id, response, error={"code": row.code, "message": row.message})
 
 
-def _add_token_ids(body: dict[str, Any], job: Job, completions: Sequence[Completion]) -> None:
+def _add_token_ids(
+    body: dict[str, Any], prompts: Sequence[list[int]], in_choices: bool, completions: Sequence[Completion]
+) -> None:
     """Each choice gets its own; a prompt's stand in the body if it is alone, and at some endpoints in choices, too."""
-    if len(job.prompts) == 1:
-        body["prompt_token_ids"] = job.prompts[0]
-    n = len(completions) // len(job.prompts)
+    if len(prompts) == 1:
+        body["prompt_token_ids"] = prompts[0]
+    n = len(completions) // len(prompts)
     for choice, completion in zip(body["choices"], completions, strict=True):
         choice["token_ids"] = list(completion.token_ids)
-        if job.endpoint.prompt_ids_in_choices:
-            choice["prompt_token_ids"] = job.prompts[choice["index"] // n]
+        if in_choices:
+            choice["prompt_token_ids"] = prompts[choice["index"] // n]
 
 
 def _digest(custom_id: str) -> str:

@@ -83,3 +83,4 @@ CHAT = Endpoint(
     choice=chat_choice,
 )
 ENDPOINTS = (COMPLETIONS, CHAT)
+BY_URL = {endpoint.url: endpoint for endpoint in ENDPOINTS}

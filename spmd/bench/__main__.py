@@ -55,7 +55,7 @@ def _short(workload: WorkloadConfig, dp: int) -> WorkloadConfig:
 
 def _run(worker: Worker, workload: WorkloadConfig, watch: Watch = unwatched) -> Metrics | None:
     source = Workload(workload, worker.settings.arch.vocab_size, worker.settings.longest)
-    leader = Leader(None, "bench", Metrics()) if worker.topology.is_leader else None
+    leader = Leader(None, Metrics()) if worker.topology.is_leader else None
     return worker.run(source, leader, watch)
 
 

@@ -81,7 +81,7 @@ class TimedScheduler(Scheduler):
 
 class TimedLeader(Leader):
     def __init__(self, laps: Laps) -> None:
-        super().__init__(None, "bench", Metrics())
+        super().__init__(None, Metrics())
         self._judge = laps.timed("judge", super().judge)
 
     def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:

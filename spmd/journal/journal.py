@@ -5,8 +5,8 @@ have left the input in `<output>.unused`. All of them count, wherever a row stan
 same model and sampling.
 
 Who writes: rank 0, which has the output's lock for the whole run, writes everything but the parts of this run, each of
-which the leader of its replica alone appends to. Rank 0 reads the parts of an earlier run once it has their locks too,
-before any leader makes a new part, and those of this run after all leaders have closed them.
+which the outlet of its replica's leader alone appends to. Rank 0 reads the parts of an earlier run once it has their
+locks too, before any leader makes a new part, and those of this run after all leaders have had them closed.
 
 Every answer stands in at least one file at any time: parts of an earlier run are deleted after their answers are on the
 disk in `answered`, this run's parts and `answered` after theirs are in the output. The output is replaced by one rename

@@ -1,4 +1,4 @@
-"""What the leader of a replica does with answers: append each to the replica's part the moment it is finished."""
+"""What a replica's outlet does with answers: append each to the replica's part the moment it is there."""
 
 import time
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ CHECK_EVERY = 1.0  # seconds; on a network file system a look at a file waits un
 class PartWriter:
     """Appends the answers of one replica, each by one write that is seen at once; a killed run tears the last at most.
 
-    The leader of the replica alone writes its part, from one thread, and has it locked. Rank 0 reads it: in this run
-    after `close` on every leader, which a collective orders; in the next one once it has the part's lock.
+    The outlet of the replica's leader alone writes its part, from one thread, and has it locked. Rank 0 reads it: in
+    this run after `close` in every outlet, which a collective orders; in the next one once it has the part's lock.
 
     A part that is deleted under way is noticed within a second, or when it is closed, and written anew.
 

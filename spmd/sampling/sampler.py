@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spmd.parallel.transfer import HostCopy, to_device
 from spmd.sampling.penalties import TokenCounts, apply_penalties
-from spmd.schedule.request import Request, SamplingParams, TokenLogprobs
+from spmd.schedule.request import Request, SamplingParams
 
 WEIGHT_OF_BEST = 2**34  # weight of a row's most likely token: sums over 2**19 tokens stay exact in a float64
 COLDEST = 1e-6  # temperatures above zero and below this would overflow
@@ -33,13 +33,12 @@ class PackedLogprobs:
     wanted: list[int]  # top logprobs of each row asked
     packed: HostCopy  # float64 [asked, 2 + 2 * max(wanted)]: logprob, rank, ids of the top, their logprobs
 
-    def unpack(self) -> list[TokenLogprobs | None]:
-        """One entry for each row of the plan."""
+    def unpack(self) -> list[list[float] | None]:
+        """One entry for each row of the plan, as `spmd.schedule.request.token_logprobs` takes it."""
         most = max(self.wanted)
-        answers: list[TokenLogprobs | None] = [None] * self.rows
+        answers: list[list[float] | None] = [None] * self.rows
         for i, k, (logprob, rank, *top) in zip(self.asked, self.wanted, self.packed.wait().tolist(), strict=True):
-            ids, values = top[:k], top[most : most + k]
-            answers[i] = TokenLogprobs(logprob, int(rank), list(zip(map(int, ids), values, strict=True)))
+            answers[i] = [logprob, rank, *top[:k], *top[most : most + k]]
         return answers
 
 
@@ -54,7 +53,7 @@ class Sampled:
         self._tokens = HostCopy(token_ids)
         self._logprobs = logprobs
 
-    def fetch(self) -> tuple[list[int], list[TokenLogprobs | None] | None]:
+    def fetch(self) -> tuple[list[int], list[list[float] | None] | None]:
         """Token ids, and one entry of logprobs a row if any row asked. Waits for this plan, not for later ones."""
         return self._tokens.wait().tolist(), self._logprobs.unpack() if self._logprobs else None
 

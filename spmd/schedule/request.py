@@ -51,6 +51,17 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]  # (token id, logprob) of the k most likely, best first
 
 
+def token_logprobs(numbers: Sequence[float], count: int) -> list[TokenLogprobs]:
+    """Those of `count` tokens out of one row of numbers: for each token logprob, rank, k ids and their k logprobs."""
+    width = len(numbers) // count
+    found = []
+    for start in range(0, len(numbers), width):
+        logprob, rank, *top = numbers[start : start + width]
+        k = len(top) // 2
+        found.append(TokenLogprobs(logprob, int(rank), list(zip(map(int, top[:k]), top[k:], strict=True))))
+    return found
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One sequence to generate. `tokens` is the prompt followed by the committed output.

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from spmd.api.answers import answer_line, complete, error_line
+from spmd.api.answers import Finished, Head, answer_line, complete, error_line
 from spmd.api.choices import Completion
 from spmd.api.rows import BadRow, Job, RowParser
 from spmd.config import SamplingConfig
@@ -24,7 +24,7 @@ def make_job(**row: Any) -> Job:
 
 
 def answer(job: Job, *completions: Completion, tokenizer: Any = TOKENIZER) -> dict[str, Any]:
-    line: dict[str, Any] = json.loads(answer_line(job, completions, "tiny", tokenizer))
+    line: dict[str, Any] = json.loads(answer_line(Head.of(job), completions, "tiny", tokenizer))
     return line
 
 
@@ -108,8 +108,8 @@ def test_error_line() -> None:
 
 def test_lines_are_one_line_and_the_same_in_every_run() -> None:
     job, done = make_job(prompt="x"), Completion("a\nb\u2028\tü€", [5], "stop", 7)
-    line = answer_line(job, [done], "tiny", TOKENIZER)
-    assert line == answer_line(job, [done], "tiny", TOKENIZER)
+    line = answer_line(Head.of(job), [done], "tiny", TOKENIZER)
+    assert line == answer_line(Head.of(job), [done], "tiny", TOKENIZER)
     assert "\n" not in line and "\t" not in line and "ü€" in line and "\u2028" not in line
     assert json.loads(line)["response"]["body"]["choices"][0]["text"] == done.text
     other = make_job(custom_id="b", prompt="x")
@@ -131,11 +131,11 @@ def test_lines_are_one_line_and_the_same_in_every_run() -> None:
 def test_complete_leaves_the_ending_token_out_of_the_text(
     row: dict[str, Any], output: list[int], reason: tuple[str, int | None], text: str
 ) -> None:
-    done = complete(TOKENIZER, finished({"prompt": "x"} | row, output), *reason)
+    done = complete(TOKENIZER, Finished.of(finished({"prompt": "x"} | row, output), *reason))
     assert (done.text, list(done.token_ids)) == (text, output)
     assert (done.finish_reason, done.stop_reason) == reason
 
 
 def test_complete_takes_the_text_cut_at_a_stop_string() -> None:
-    done = complete(TOKENIZER, finished({"prompt": "x", "stop": "llo"}, [HELLO]), "stop", "llo", "he")
+    done = complete(TOKENIZER, Finished.of(finished({"prompt": "x", "stop": "llo"}, [HELLO]), "stop", "llo", "he"))
     assert (done.text, list(done.token_ids), done.stop_reason) == ("he", [HELLO], "llo")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from spmd.api.answers import answer_line
+from spmd.api.answers import Head, answer_line
 from spmd.api.choices import Completion
-from spmd.api.endpoints import CHAT, COMMON_KEYS, COMPLETIONS, ENDPOINTS, Endpoint
+from spmd.api.endpoints import BY_URL, CHAT, COMMON_KEYS, COMPLETIONS, ENDPOINTS, Endpoint
 from spmd.api.prompts import text_prompts
 from spmd.api.rows import BadRow, Job, RowParser
 from spmd.config import SamplingConfig
@@ -51,9 +51,11 @@ def test_a_third_endpoint_is_one_more_value(monkeypatch: pytest.MonkeyPatch) -> 
     unknown = PARSER.parse(batch("a", third.url, {"input": "hello"}), 0)
     assert isinstance(unknown, BadRow) and unknown.message.endswith("must be /v1/chat/completions or /v1/completions")
     monkeypatch.setattr("spmd.api.rows.ENDPOINTS", (*ENDPOINTS, third))
+    monkeypatch.setitem(BY_URL, third.url, third)
     job = PARSER.parse(batch("a", third.url, {"input": "hello", "return_token_ids": True}), 0)
     assert isinstance(job, Job) and job.endpoint is third
-    body = json.loads(answer_line(job, [Completion("x", [5], "length")], "tiny", TOKENIZER))["response"]["body"]
+    line = answer_line(Head.of(job), [Completion("x", [5], "length")], "tiny", TOKENIZER)
+    body = json.loads(line)["response"]["body"]
     assert body["object"] == "third" and body["id"].startswith("third-")
     assert body["prompt_token_ids"] == TOKENIZER.encode("hello")
     assert body["choices"][0]["token_ids"] == [5] and "prompt_token_ids" not in body["choices"][0]

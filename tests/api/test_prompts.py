@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from spmd.api.answers import answer_line
+from spmd.api.answers import Head, answer_line
 from spmd.api.choices import Completion
 from spmd.api.rows import MOST_CHOICES, BadRow, Job, RowParser
 from spmd.config import SamplingConfig
@@ -151,7 +151,7 @@ def test_a_list_of_one_prompt_is_that_prompt(prompt: Any) -> None:
     assert listed.prompts == alone.prompts
     assert [request.params for request in listed.requests] == [request.params for request in alone.requests]
     done = [Completion("x", [5], "length")] * 2
-    assert answer_line(listed, done, "tiny", TOKENIZER) == answer_line(alone, done, "tiny", TOKENIZER)
+    assert answer_line(Head.of(listed), done, "tiny", TOKENIZER) == answer_line(Head.of(alone), done, "tiny", TOKENIZER)
 
 
 def test_choices_stand_prompt_by_prompt() -> None:
@@ -162,7 +162,7 @@ def test_choices_stand_prompt_by_prompt() -> None:
     assert [request.choice for request in job.requests] == list(range(6))
     assert len({request.params.stream for request in job.requests}) == 6
     done = [Completion(str(number), [5] * number, "length") for number in range(6)]
-    body = json.loads(answer_line(job, done, "tiny", TOKENIZER))["response"]["body"]
+    body = json.loads(answer_line(Head.of(job), done, "tiny", TOKENIZER))["response"]["body"]
     assert [choice["index"] for choice in body["choices"]] == list(range(6))
     assert [choice["text"] for choice in body["choices"]] == list("012345")
     assert [choice["prompt_token_ids"] for choice in body["choices"]] == [each for each in ids for _ in range(2)]

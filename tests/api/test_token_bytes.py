@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spmd.api.answers import answer_line, complete
+from spmd.api.answers import Finished, Head, answer_line, complete
 from spmd.api.choices import Completion, chat_choice, text_choice
 from spmd.api.rows import Job, RowParser
 from spmd.api.token_bytes import finished_text, token_bytes
@@ -136,9 +136,9 @@ def test_an_answer_cut_by_length_ends_with_a_whole_character() -> None:
     assert isinstance(job, Job)
     [request] = job.requests
     request.tokens.extend([*ids("a"), *ids("😀")[:3]])
-    done = complete(BYTE_LEVEL, request, "length")
+    done = complete(BYTE_LEVEL, Finished.of(request, "length"))
     assert (done.text, len(done.token_ids)) == ("a", 4)
-    body = json.loads(answer_line(job, [done], "tiny", BYTE_LEVEL))["response"]["body"]
+    body = json.loads(answer_line(Head.of(job), [done], "tiny", BYTE_LEVEL))["response"]["body"]
     assert body["choices"][0]["text"] == "a" and body["usage"]["completion_tokens"] == 4
 
 

@@ -18,7 +18,7 @@ from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.groups import connect
 from spmd.schedule.plan import Plan
-from spmd.schedule.request import Request, SamplingParams
+from spmd.schedule.request import Request, SamplingParams, token_logprobs
 from spmd.schedule.scheduler import Scheduler
 from spmd.settings import read_model, resolve
 from spmd.stage.build import build_stage, load_decoder
@@ -89,7 +89,8 @@ def replay(rank: int, config: Config, replicas: list[Lengths]) -> tuple[Logprobs
             assert logprobs is not None
             for request, position, each in zip(plan.sampled, plan.sample_positions, logprobs, strict=True):
                 assert each is not None
-                found[request.index, position] = [logprob for _, logprob in sorted(each.top)]
+                [likely] = token_logprobs(each, 1)
+                found[request.index, position] = [logprob for _, logprob in sorted(likely.top)]
     stage.drain()
     assert not scheduler.num_requests
     return found, seen

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from spmd.sampling.sampler import Sampler, plain_greedy, uniform
-from spmd.schedule.request import Request, SamplingParams
+from spmd.schedule.request import Request, SamplingParams, token_logprobs
 from tests.support.sampling import VARIED, VOCAB, here, logits, request, sample
 
 
@@ -230,15 +230,16 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     raw = scores.log_softmax(-1)
     assert answers[1] is None
     for i, k in ((0, 3), (2, 0), (3, VOCAB)):
-        answer, token = answers[i], tokens[i]
-        assert answer is not None
+        numbers, token = answers[i], tokens[i]
+        assert numbers is not None
+        [answer] = token_logprobs(numbers, 1)
         assert answer.logprob == pytest.approx(float(raw[i, token]))
         assert answer.rank == 1 + int((raw[i] > raw[i, token]).sum())
         best = raw[i].sort(descending=True)
         assert [token for token, _ in answer.top] == best.indices[:k].tolist()
         assert [value for _, value in answer.top] == pytest.approx(best.values[:k].tolist())
     assert answers[0] is not None
-    assert answers[0].rank == VOCAB  # the bias chose it, the raw logits say how unlikely it was
+    assert answers[0][1] == VOCAB  # the bias chose it, the raw logits say how unlikely it was
 
 
 def test_a_row_of_nans_stays_in_the_vocabulary_and_harms_no_other() -> None:
@@ -305,8 +306,10 @@ def test_on_the_device_nothing_waits_and_the_tokens_are_those_of_the_cpu(dtype: 
         for got, wanted in zip(found, logprobs, strict=True):
             assert (got is None) == (wanted is None)
             if got and wanted:
-                assert got.logprob == pytest.approx(wanted.logprob, abs=1e-4)
-                assert [value for _, value in got.top] == pytest.approx([value for _, value in wanted.top], abs=1e-4)
+                [got_one], [wanted_one] = token_logprobs(got, 1), token_logprobs(wanted, 1)
+                assert got_one.logprob == pytest.approx(wanted_one.logprob, abs=1e-4)
+                values = [value for _, value in wanted_one.top]
+                assert [value for _, value in got_one.top] == pytest.approx(values, abs=1e-4)
     assert [each.fetch()[0][0] for each in greedy] == [int(scores[0].argmax()) for scores in rows]
 
 

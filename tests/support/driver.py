@@ -16,6 +16,7 @@ from spmd.config_checks import check
 from spmd.engine import Engine, Watch
 from spmd.leader import Leader
 from spmd.parallel.replicas import Exchanging
+from spmd.processes.answer_writer import AnswerWriter
 from spmd.report.metrics import Metrics
 from spmd.schedule.digests import DigestChain
 from spmd.signals import Stop
@@ -100,7 +101,8 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = (), stop: Stop
     assert config.input is not None
     reader = Reader(config.input, parser)
     report = Report(settings.scheduler.num_blocks, topology.is_leader)
-    leader = Leader(tokenizer(), "tested", Metrics(), _keep(report)) if topology.is_leader else None
+    writer = AnswerWriter(tokenizer(), "tested", _keep(report))
+    leader = Leader(tokenizer(), Metrics(), writer) if topology.is_leader else None
     worker.run(reader, leader, _watch(report, random.Random(rank), delays_ms[rank] if delays_ms else 0.0))
     report.stopped = worker.stop.stopped
     return report

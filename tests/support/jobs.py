@@ -13,7 +13,8 @@ import torch
 
 from spmd.config import Config
 from spmd.generate import generate
-from spmd.intake.feeder import Feeder
+from spmd.processes.feeder import Feeder
+from spmd.processes.outlet import Outlet
 from spmd.runtime.main import main
 from spmd.signals import Stop
 from spmd.topology import Topology
@@ -52,9 +53,9 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
 
 
 def generate_here(config: Config, topology: Topology, stop: Stop) -> None:
-    """The main job, with a feeder forked from this process."""
-    with Feeder() as feeder:
-        generate(config, topology, stop, feeder)
+    """The main job, with its feeder and outlet forked from this process."""
+    with Feeder() as feeder, Outlet() as outlet:
+        generate(config, topology, stop, feeder, outlet)
 
 
 def run_here(*overrides: str, work: Callable[[Config, Topology, Stop], None] = generate_here) -> int:

@@ -3,11 +3,9 @@
 import pickle
 from array import array
 
-from spmd.api.endpoints import ENDPOINTS
+from spmd.api.endpoints import BY_URL
 from spmd.api.rows import BadRow, Job
 from spmd.schedule.request import Request
-
-BY_URL = {endpoint.url: endpoint for endpoint in ENDPOINTS}
 
 
 def pack(row: Job | BadRow) -> bytes:

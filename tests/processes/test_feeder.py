@@ -17,12 +17,12 @@ from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import NOT_YET, SKIPPED
 from spmd.config import SamplingConfig
-from spmd.intake import folder
-from spmd.intake import packed as packed_form
-from spmd.intake.feeder import BLOCK_MET, BLOCK_ROWS, Feeder, Intake
-from spmd.intake.folder import AHEAD, abandoned
-from spmd.intake.source import PreparedRows
 from spmd.journal.key_table import KeyTable, pack
+from spmd.processes import folder
+from spmd.processes import packed as packed_form
+from spmd.processes.feeder import BLOCK_MET, BLOCK_ROWS, Feeder, Intake
+from spmd.processes.folder import AHEAD, abandoned
+from spmd.processes.source import PreparedRows
 from tests.support.broken_rows import MAX_MODEL_LEN, make_rows
 from tests.support.checkpoints import write_checkpoint
 from tests.support.jobs import alive

@@ -6,8 +6,8 @@ from time import perf_counter
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import NOT_YET, NotYet, Skipped, skipped
-from spmd.intake.folder import Folder
-from spmd.intake.packed import unpack
+from spmd.processes.folder import Folder
+from spmd.processes.packed import unpack
 
 
 class PreparedRows:

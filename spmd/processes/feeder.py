@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,16 +27,16 @@ from spmd.api.rows import BadRow, Job, RowParser, load
 from spmd.api.source import num_requests
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import SamplingConfig
-from spmd.intake.folder import AHEAD, NAP, Batch, Folder
-from spmd.intake.packed import pack
 from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
+from spmd.processes.child import fork
+from spmd.processes.folder import AHEAD, NAP, Batch, Folder
+from spmd.processes.packed import pack
 
 # A block ends with the first row that fills one of these.
 BLOCK_ROWS = 64  # to answer
 BLOCK_BYTES = 2**18  # of lines to answer
 BLOCK_MET = 4096  # rows that were done before
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # the rank heeds them
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,8 @@ class Feeder:
 
     def __init__(self) -> None:
         self._ours, theirs = Pipe()
-        self._pid = os.fork()
         self._path: Path | None = None
-        if not self._pid:
-            self._ours.close()
-            _child(theirs)
+        self._pid = fork(lambda: _serve(theirs), theirs.fileno())
         theirs.close()
 
     def start(self, intake: Intake, ranks: int) -> Path:
@@ -168,10 +166,8 @@ def build(block: Block, parser: RowParser) -> Batch:
     return Batch(rows, block.met, block.num_rows, block.consumed, block.prioritized, block.last)
 
 
-def _child(rank: Connection) -> None:
+def _serve(rank: Connection) -> None:
     """All that the forked process does."""
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads don't survive the builders' fork
     try:
         intake, ranks = rank.recv()
@@ -186,43 +182,40 @@ def _child(rank: Connection) -> None:
         shutil.rmtree(path, ignore_errors=True)
     except (EOFError, OSError):
         pass  # the rank has ended
-    finally:
-        os._exit(0)
 
 
 def _feed(intake: Intake, folder: Folder, rank: Connection) -> None:
     """Publish all rows; returns once the rank has ended, before or after."""
     parser, builders, first = intake.parser(), list[Connection](), 0
     for _ in range(intake.builders):
-        builders.append(_fork_builder(parser, folder, [rank, *builders]))
+        ours, theirs = Pipe()
+        fork(partial(_build_blocks, parser, folder, theirs), theirs.fileno())
+        theirs.close()
+        builders.append(ours)
     for number, block in enumerate(blocks(intake.reader())):
         while number >= min(folder.taken) + AHEAD:
             if rank.poll():
                 return
             sleep(NAP)
         first = folder.remove_taken(first)
-        builders[number % len(builders)].send((number, block))
+        try:
+            builders[number % len(builders)].send((number, block))
+        except OSError as error:
+            raise RuntimeError("one of its processes is gone; was it killed for memory?") from error
     rank.poll(None)  # there is nothing to be read from it: this is its end
 
 
-def _fork_builder(parser: RowParser, folder: Folder, others: list[Connection]) -> Connection:
-    ours, theirs = Pipe()
-    if os.fork():
-        theirs.close()
-        return ours
-    for other in (ours, *others):
-        other.close()  # else their readers would never see an end
+def _build_blocks(parser: RowParser, folder: Folder, feeder: Connection) -> None:
+    """All that a builder does."""
     try:
         while True:
-            number, block = theirs.recv()
+            number, block = feeder.recv()
             folder.publish(number, build(block, parser))
     except (EOFError, OSError):
         pass  # the feeder has ended
-    except BaseException as error:
+    except Exception as error:
         with suppress(OSError):
             folder.fail(f"{type(error).__name__}: {first_line(error)}")
-    finally:
-        os._exit(0)
 
 
 def _build(line: Line, parser: RowParser) -> Job | BadRow:
