@@ -6,7 +6,9 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export SPMD_HOME=$root PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export SPMD_HOME=$root PYTHONUNBUFFERED=1
+PYTHONPATH=$root$(printf %s ":${PYTHONPATH:-}" | tr -s : | sed 's/:$//')  # an empty part stands for the current folder
+export PYTHONPATH PYTHONSAFEPATH=1  # a random.py of that folder isn't Python's
 
 prog=generate
 if [ "${1:-}" = --prog ]; then

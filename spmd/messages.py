@@ -12,6 +12,10 @@ from typing import Any
 LFS = b"version https://git-lfs"  # what the pointer to a large file begins with
 
 
+class Mistake(ValueError):
+    """Something that the user can mend, in one line that says how; in the loop only this is no crash of ours."""
+
+
 def show(value: Any) -> str:
     """A value, short however large it is; null, true and false as JSON has them."""
     return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: the polite ways to end a run, and how they reach the loop.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP: the polite ways to end a run, and how they reach the loop.
 
 A rank that waits in a collective runs no Python, so a thread reads the signals. Until the loop has begun one ends the
 rank at once; then the first one only asks to stop, which the leaders pass on so that all ranks do so at the same tick,
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 FAILED, USAGE = 1, 2  # exit statuses: something broke; something the user can mend
 STOPPED = 75  # exit status: stopped early, start again to go on (EX_TEMPFAIL of sysexits.h)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ONE_KEYPRESS = 1.0  # seconds in which a second signal is the same one: Ctrl-C reaches a rank and, by torchrun, again
 
 
@@ -56,7 +56,8 @@ def listening(rank: int) -> Iterator[Stop]:
     stop = Stop()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in heard}  # nohup goes on
     wakeup = signal.set_wakeup_fd(writer)
     thread = threading.Thread(target=_read, args=(reader, stop, rank), name="signals", daemon=True)
     thread.start()

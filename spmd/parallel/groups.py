@@ -28,7 +28,12 @@ def join(timeout: float = 3600.0) -> None:
     """Join the world started by torchrun. Its default group is for talk at start-up and at the end, on the CPU.
 
     `timeout`: seconds that the slowest rank may be behind, with its weights loaded.
+
+    With TORCH_DISTRIBUTED_DEBUG=DETAIL a group's ranks would meet in one more collective before each of ours, while
+    here a stage may send its next message before another has taken the last one: that level is taken as INFO.
     """
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        dist.set_debug_level(dist.DebugLevel.INFO)
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 

@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from spmd.config import Config
+from spmd.runtime.environment import check_environment
 
 HOME = Path(__file__).parents[2]  # of a checkout, or the folder that a wheel was installed into
 CONF = next(folder for folder in (HOME / "spmd" / "conf", HOME / "conf") if folder.is_dir())
@@ -34,6 +35,7 @@ def compose(quiet: bool = False) -> Config:
     Raises:
         ValueError: an unknown key, a value of the wrong type, no override at all, or a sweep.
     """
+    check_environment(os.environ)
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         raise ValueError("--multirun would sweep inside every rank; sweep outside, one launch a point")
     composed: list[DictConfig] = []

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from spmd.config import Config
 from spmd.config_checks import check
 from spmd.guard.ending import is_symptom
-from spmd.messages import first_line
+from spmd.messages import Mistake
 from spmd.parallel.groups import disconnect, join
 from spmd.runtime.agreement import ERROR, agree, facts
 from spmd.runtime.compose import compose, tell
+from spmd.runtime.environment import LEFT_OVER, Place, cannot_meet, check_interfaces, place, resolve_host, waiting
 from spmd.runtime.slurm import adopt_slurm
+from spmd.runtime.terminal import lasting_output
 from spmd.signals import FAILED, STOPPED, USAGE, Stop, listening, report
 from spmd.topology import Topology
 
@@ -33,23 +35,30 @@ def main(work: Callable[[Config, Topology, Stop], None]) -> None:
 
     Exit status: 0 done; 75 stopped by a signal; 2 a ValueError, which rank 0 tells in one line; 1 anything else.
     """
-    try:
-        adopt_slurm(os.environ)
-    except ValueError as error:
-        tell(error, int(os.environ.get("SLURM_PROCID", "0")))
-        sys.exit(USAGE)
-    rank = int(os.environ.get("RANK", "0"))
-    with listening(rank) as stop:
-        status = _work(work, rank, stop)
-        if rank == 0:
-            report(status)
+    with lasting_output():
+        status = _main(work)
     if status:
         sys.exit(status)
 
 
-def _work(work: Callable[[Config, Topology, Stop], None], rank: int, stop: Stop) -> int:
+def _main(work: Callable[[Config, Topology, Stop], None]) -> int:
     try:
-        config = _agreed_config(rank)
+        adopt_slurm(os.environ)
+        at = place(os.environ)
+    except ValueError as error:
+        tell(error, int(os.environ.get("SLURM_PROCID", "0")))
+        return USAGE
+    with listening(at.rank) as stop:
+        status = _work(work, at, stop)
+        if at.rank == 0:
+            report(status)
+    return status
+
+
+def _work(work: Callable[[Config, Topology, Stop], None], at: Place, stop: Stop) -> int:
+    rank = at.rank
+    try:
+        config = _agreed_config(at)
         t = config.topology
         work(config, Topology(t.dp, t.pp, t.tp, rank), stop)
         disconnect()
@@ -69,28 +78,41 @@ def _work(work: Callable[[Config, Topology, Stop], None], rank: int, stop: Stop)
         os._exit(FAILED)  # the interpreter's own end would wait for collectives that the other ranks can't finish
 
 
-def _agreed_config(rank: int) -> Config:
+def _agreed_config(at: Place) -> Config:
     """The configuration, after joining the world that torchrun started, in which all ranks must have the same one.
 
     Raises:
-        ValueError: on every rank alike, if one of them has another, or one that can't be.
+        ValueError: on every rank alike, if one of them has another, or one that can't be. At once, without the others,
+            where no launcher has started any: then there is nobody to tell.
     """
-    config, world_size = Config(), int(os.environ.get("WORLD_SIZE", "1"))
-    joins = world_size > 1 and "MASTER_ADDR" in os.environ
+    config = Config()
     try:
-        config = compose(quiet=rank != 0)
-        check(config, world_size)
+        config = compose(quiet=at.rank != 0)
+        check(config, at.world_size)
         found = facts(config)
     except ValueError as error:
-        if not joins:
+        if not at.joins:
             raise
+        if not at.launched:
+            raise Mistake(f"{error}; {LEFT_OVER}") from error
         found = {ERROR: str(error)}
-    if joins:
-        try:
-            join(config.guard.startup_timeout)
-        except dist.DistError as error:  # no mistake: another attempt has another port, or all nodes
-            at = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
-            sys.stderr.write(f"error: rank {rank} can't meet the others at {at}: {first_line(error)}\n")
-            sys.exit(FAILED)
+    if at.joins:
+        _join(at, config.guard.startup_timeout)
         agree(found)
     return config
+
+
+def _join(at: Place, timeout: float) -> None:
+    """Meet the others, or end with status 1: that is no mistake, another attempt has another port, or all nodes.
+
+    Raises:
+        Mistake: gloo is told to use a network interface that this machine doesn't have.
+    """
+    check_interfaces(os.environ)
+    try:
+        with waiting(at):
+            resolve_host(at)
+            join(timeout)
+    except (dist.DistError, OSError) as error:
+        sys.stderr.write(f"error: {cannot_meet(at, error)}\n")
+        sys.exit(FAILED)

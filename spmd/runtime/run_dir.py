@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from spmd.config_checks import warnings
 from spmd.messages import cannot_write
 from spmd.runtime.agreement import from_rank_0, together
+from spmd.runtime.environment import environment_warnings
 from spmd.settings import Settings
 from spmd.topology import Topology
 
@@ -30,7 +31,7 @@ def open_run_dir(settings: Settings, topology: Topology) -> Path:
     run_dir = Path(from_rank_0(topology, chosen))
     together(topology, lambda: _log_to(run_dir / "logs" / f"rank-{topology.rank}.log"))
     log.info("rank %d of %d: %s", topology.rank, topology.world_size, topology)
-    for warning in warnings(settings):
+    for warning in (*warnings(settings), *environment_warnings(os.environ)):
         warn(warning, topology.rank)
     return run_dir
 

@@ -91,12 +91,14 @@ def port(environ: Mapping[str, str]) -> int:
 def adopt_slurm(environ: MutableMapping[str, str]) -> None:
     """Set what torchrun would set, for a rank that srun started as a task of its own.
 
-    Nothing is done where torchrun did, or where this is no task of a step of several.
+    Nothing is done where torchrun did, or where this is no task of a step of several. Where our own launcher says that
+    each task is a rank (SPMD_NATIVE=1), a RANK left over in the shell that submitted the job doesn't count.
 
     Raises:
         ValueError: SLURM's variables are incomplete.
     """
-    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    set_before = "RANK" in environ and environ.get("SPMD_NATIVE") != "1"
+    if set_before or int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return
     node = _number(environ, "SLURM_NODEID")
     place = {
