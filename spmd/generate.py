@@ -10,6 +10,7 @@ from spmd.api.reader import Reader
 from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
+from spmd.guard.ending import after_start_up
 from spmd.leader import Leader
 from spmd.processes.feeder import Feeder
 from spmd.processes.outlet import Outlet
@@ -61,7 +62,8 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, out
                 f"start again with output={config.output} to go on"
             )
         elif metrics:
-            _finish(files, rows, metrics)
+            with after_start_up():
+                _finish(files, rows, metrics)
 
 
 def _answer(worker: Worker, rows: PreparedRows, leader: Leader | None, files: RunFiles) -> Metrics | None:

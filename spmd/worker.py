@@ -15,6 +15,7 @@ from spmd import STARTED
 from spmd.api.source import Source
 from spmd.config import Config
 from spmd.engine import Engine, Replicas, Results, Watch, unwatched
+from spmd.guard.ending import after_start_up
 from spmd.guard.guard import Guard
 from spmd.leader import Followed, Judged, Leader
 from spmd.model.checkpoint import check_files
@@ -62,10 +63,11 @@ class Worker:
         """Answer all rows of `source`, or those until all ranks stop; on rank 0 returns the figures of all ranks.
 
         Raises:
-            ValueError: where there is no other rank; else it ends the run, see `Guard`.
+            Mistake: what the user can mend, where there is no other rank; else it ends the run, see `Guard`.
+            RuntimeError: any other ValueError.
         """
         t = self.topology
-        with self._guarded() as digests, self.stop.gentle():
+        with after_start_up(), self._guarded() as digests, self.stop.gentle():
             scheduler, replicas = build_scheduler(self.settings), build_replicas(self.settings, t, self.groups)
             engine = Engine(scheduler, self.stage, source, replicas, self._results(leader), digests, watch)
             log.info("start-up: %s", self.phases)

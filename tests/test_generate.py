@@ -293,6 +293,23 @@ def test_sampled_answers_do_not_depend_on_the_topology(here: Path, ranks: Ranks)
     ]
 
 
+def test_an_error_of_the_loop_that_is_no_mistake_of_the_user_is_a_crash(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A ValueError of a library: exit status 1 with its traceback, so that SLURM queues the job again."""
+
+    def fails(self: PartWriter, *args: Any) -> None:
+        raise ValueError("Out of range float values are not JSON compliant")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(PartWriter, "write", fails)
+    assert run_here(*DEMO, *GREEDY, "input=in.jsonl", "output=out.jsonl", "run_dir=run") == 1
+    said = capfd.readouterr().err
+    assert "Traceback" in said and "ValueError: Out of range float values" in said
+    assert not ERROR.search(said)
+
+
 # -- runs over the same files -----------------------------------------------------------------------------------------
 
 
@@ -308,9 +325,7 @@ def test_one_run_directory_for_all_ranks(here: Path) -> None:
         "config.yaml",
         "logs",
         "logs/rank-0.log",
-        "logs/rank-0.recorder",
         "logs/rank-1.log",
-        "logs/rank-1.recorder",
     ]
     for rank in range(2):
         log = (run_dir / "logs" / f"rank-{rank}.log").read_text()

@@ -1,6 +1,7 @@
 """How a rank ends when the run can't go on: it says why, leaves its stacks, takes lost ranks along, and exits.
 
-A user's mistake is a ValueError: one line, exit status 2. Anything else is a crash: a traceback, one line, status 1.
+What the user can mend is a Mistake: one line, exit status 2. Anything else that comes out of the loop is a crash, and a
+ValueError of another kind too: a traceback, one line, status 1.
 """
 
 import faulthandler
@@ -11,14 +12,14 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from spmd.messages import first_line
+from spmd.messages import Mistake, first_line
 from spmd.schedule.digests import Diverged
 from spmd.signals import FAILED, USAGE, report
 from spmd.topology import Topology
@@ -32,6 +33,7 @@ class Place(NamedTuple):
     text: str  # role, host and process, for people
     machine: str  # equal for ranks that can see each other's processes
     pid: int
+    recorder: int  # descriptor, in that process, of its flight recorder
 
 
 class End(NamedTuple):
@@ -43,19 +45,34 @@ class End(NamedTuple):
     teller: int  # the rank that prints the message; the others only write it to their logs
 
 
-def this_place(topology: Topology) -> Place:
-    """Of this rank."""
+def this_place(topology: Topology, recorder: int) -> Place:
+    """Of this rank, with the descriptor of its recorder."""
     pid = os.getpid()
-    return Place(f"{topology}, {socket.gethostname()}, pid {pid}", _machine(), pid)
+    return Place(f"{topology}, {socket.gethostname()}, pid {pid}", this_machine(), pid, recorder)
 
 
 def own_failure(error: BaseException, rank: int, places: Sequence[Place]) -> End:
     """What there is to say of an error of this rank's loop; a crash prints its traceback here, at once."""
     who = f"rank {rank} ({places[rank].text})"
-    if isinstance(error, ValueError):
+    if isinstance(error, Mistake):
         return End(f"{error} [{who}]", USAGE, (), rank)
     sys.stderr.write("".join(traceback.format_exception(error)))
     return End(f"{who} failed: {type(error).__name__}: {first_line(error)}", FAILED, (), rank)
+
+
+@contextmanager
+def after_start_up() -> Iterator[None]:
+    """Only a Mistake is the user's, once the work has begun.
+
+    Raises:
+        RuntimeError: in the place of a ValueError that is none. During start-up these are nearly always the user's.
+    """
+    try:
+        yield
+    except Mistake:
+        raise
+    except ValueError as error:
+        raise RuntimeError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def is_symptom(error: BaseException) -> bool:
@@ -74,12 +91,12 @@ def end_rank(end: End, rank: int, places: Sequence[Place], logs: Path, linger: f
         faulthandler.dump_traceback(file, all_threads=True)
     with suppress(OSError, RuntimeError):
         for place in (places[lost] for lost in end.lost):
-            if place.machine == _machine() and place.pid != os.getpid():
+            if place.machine == this_machine() and place.pid != os.getpid():
                 os.kill(place.pid, signal.SIGKILL)
     time.sleep(linger)
     os._exit(end.status)  # the loop may wait in a collective for ever, so there is no other way out
 
 
-def _machine() -> str:
+def this_machine() -> str:
     """What ranks that can see each other's processes have in common: one boot of one kernel, one namespace of pids."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")

@@ -7,6 +7,10 @@ prints it, all write it and their stacks to their logs. Signals to stop reach th
 The store's keys: `beat/<rank>`, which that rank's guard alone writes and all others read; `alarm`, why the run ends,
 which the first one writes (the store compares and sets it in one step) and all read; `stop`, a signal, from any rank.
 
+What a rank did after its last sign of life is in its recorder, which ranks of its machine can read even when it has
+ended. On suspicion each rank writes down what it can see of these, as `rank-<n>.recorder` in the folder of the logs,
+each file at one go: that is what ranks of other machines read, if they share the folder.
+
 The store may be what is lost: rank 0 keeps it where there is no torchrun, else the first machine's torchrun does. Then
 each rank judges by what ranks' recorders hold and speaks for itself.
 
@@ -31,8 +35,8 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from spmd.config import GuardConfig
-from spmd.guard.ending import End, Place, end_rank, is_symptom, own_failure, this_place
-from spmd.guard.recorder import NONE, Recorder, StallDetector, Trace, traced
+from spmd.guard.ending import End, Place, end_rank, is_symptom, own_failure, this_machine, this_place
+from spmd.guard.recorder import NONE, Peer, Recorder, StallDetector, Trace, traced
 from spmd.guard.verdict import RankStatus, judge
 from spmd.messages import first_line
 from spmd.signals import FAILED, Stop
@@ -60,7 +64,7 @@ class Guard(threading.Thread):
             computes: whether this rank's forward runs on its own processor, so that processor time is a sign of life.
 
         Raises:
-            ValueError: no way to its folder or to the store.
+            ValueError: no way to the store.
         """
         super().__init__(name="guard", daemon=True)
         self.topology = topology
@@ -71,7 +75,7 @@ class Guard(threading.Thread):
         self.patience = config.timeout * WAITS
         self.store = _connect_store(config.timeout)
         self.peer = (topology.rank + 1) % topology.world_size  # the rank that this one looks at
-        self.recorder = Recorder(self._recorder_file(topology.rank))
+        self.recorder = Recorder()
         self.stall = StallDetector(self.recorder, computes)
         self.beats = 0
         self.heard = time.monotonic()  # from the store, at the end of a round
@@ -79,6 +83,7 @@ class Guard(threading.Thread):
         self.error: BaseException | None = None  # the loop's
         self.error_time = 0.0
         self.places: list[Place] = []  # of all ranks, once all have come in
+        self.recorders: dict[int, Peer] = {}  # of ranks in view on this machine
         self.seen: dict[int, tuple[bytes, float]] = {}  # of ranks: the latest sign of life, and when it was new
         self.suspicious_since = 0.0  # 0: nothing is suspicious
         self.relayed = False
@@ -86,8 +91,12 @@ class Guard(threading.Thread):
     def __enter__(self) -> "Guard":
         """Every rank must come in."""
         places: list[Place | None] = [None] * self.topology.world_size
-        dist.all_gather_object(places, this_place(self.topology))
+        dist.all_gather_object(places, this_place(self.topology, self.recorder.fd))
         self.places = [place for place in places if place]
+        for rank in self._in_view():
+            with suppress(OSError):
+                if self.places[rank].machine == this_machine():
+                    self.recorders[rank] = Peer(self.places[rank].pid, self.places[rank].recorder)
         self._send_beat()
         self.start()
         if self.config.enabled:
@@ -103,6 +112,9 @@ class Guard(threading.Thread):
             with suppress(dist.DistError):  # rank 0 has done all and ended, and the store with it
                 self._send_beat(done=True)
             self.closed.set()
+            self.recorder.close()
+            for recorder in self.recorders.values():
+                recorder.close()
             return
         self.stop.gently = True  # torchrun ends those that a lost rank leaves behind; first let them say why
         log.error("the loop failed", exc_info=error)
@@ -121,6 +133,7 @@ class Guard(threading.Thread):
                 self.heard = time.monotonic()
             except dist.DistError:
                 log.exception("the guard has lost the store")
+                self._write_down()
                 if not self.closing.wait(BEATS_TO_LOOK * self.beat) and self.config.enabled:  # nor is the run over
                     self._end_without_store()
             except Exception as error:
@@ -161,6 +174,7 @@ class Guard(threading.Thread):
         now = time.monotonic()
         if not self.suspicious_since:  # the others weren't looked at of late
             self.suspicious_since, self.seen = now, {self.peer: self.seen[self.peer]}
+            self._write_down()
         statuses = [self._status(rank) for rank in self._in_view()]
         if now - self.suspicious_since >= BEATS_TO_LOOK * self.beat:
             silence = (BEATS_TO_LOOK - 1) * self.beat if self.error or silent else self.patience
@@ -185,7 +199,7 @@ class Guard(threading.Thread):
         return sorted({*self.topology.replicas()[self.topology.dp_rank], self.peer})
 
     def _status(self, rank: int) -> RankStatus:
-        """What a rank's latest sign of life says and, if that is some beats old, its recorder's file."""
+        """What a rank's latest sign of life says and, if that is some beats old, its recorder."""
         key, now = f"beat/{rank}", time.monotonic()
         beat = self.store.get(key) if self.store.check([key]) else b""
         if rank not in self.seen or self.seen[rank][0] != beat:
@@ -201,12 +215,23 @@ class Guard(threading.Thread):
         return RankStatus(rank, self.places[rank].text, silent, stalled / 1000, tick, trace, bool(done))
 
     def _recorded(self, rank: int) -> tuple[int, Trace]:
-        """A rank's last tick and digests by its recorder's file, if that can be had."""
+        """A rank's last tick and digests by its recorder or, on another machine, what was written down of it."""
         with suppress(OSError, IndexError):
-            return traced(self._recorder_file(rank).read_bytes())
+            if rank in self.recorders:
+                return traced(self.recorders[rank].content())
+            return traced(self._written_down(rank).read_bytes())
         return NONE, {}
 
-    def _recorder_file(self, rank: int) -> Path:
+    def _write_down(self) -> None:
+        """Leave what the recorders in view on this machine hold to ranks of other machines."""
+        for rank, recorder in self.recorders.items():
+            file = self._written_down(rank)
+            with suppress(OSError):
+                aside = file.with_suffix(f".{self.topology.rank}")
+                aside.write_bytes(recorder.content())
+                os.replace(aside, file)
+
+    def _written_down(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.recorder"
 
     def _watch_the_store(self) -> None:
@@ -216,6 +241,8 @@ class Guard(threading.Thread):
             silent, stalled = time.monotonic() - self.heard, self.stall.seconds()
             # A loop that moves may come to its end without the store.
             looks = looks + 1 if min(silent, stalled) > self.patience else 0
+            if looks == 1:
+                self._write_down()
             if looks > BEATS_TO_LOOK:
                 self._end_without_store()
 

@@ -1,18 +1,27 @@
-"""The flight recorder: where a rank stands and what it did in the last ticks, in a file that outlives it.
+"""The flight recorder: where a rank stands and what it did in the last ticks, in memory that outlives it.
 
-The loop writes to mapped memory, a few numbers a tick. The guard's thread reads it and sends it along with its signs of
-life. The file itself is read by the guards of other ranks, on the same host or file system, when this rank has given no
-sign of life for some beats: what is in the file survives the process. Gloo, for one, aborts a process whose peers send
-it messages of another size, and it can't say any more what it did.
+Who writes: the rank's loop alone, a few numbers a tick, to memory of its own. It is no file: it has no name that could
+be deleted, and it is sealed, so nobody can cut it short, which would kill whoever writes to it; all of it is there from
+the beginning, so no full disk can either.
+
+Who reads: the guard's thread of the same rank, which sends a copy along with its signs of life; and the guards of other
+ranks on the same machine, each through a descriptor of its own that it opens while all live, see `Peer`. So the memory
+is still there when its rank has ended: gloo, for one, aborts a process whose peers send it messages of another size,
+and it can't say any more what it did. Ranks of other machines read what is written on demand, see `Guard`.
+
+What orders them: within the process the interpreter's lock. A peer looks only when the rank has given no sign of life
+for some beats, and may find it within a store all the same: an entry is marked as none before its digests are stored
+and gets its tick after them.
 
 `StallDetector` tells, from the recorder's tick and the loop's processor time, whether a rank's loop gets on.
 """
 
+import fcntl
 import mmap
+import os
 import threading
 import time
 from array import array
-from pathlib import Path
 
 from spmd.schedule.digests import FIELDS, Digests
 
@@ -27,25 +36,23 @@ Trace = dict[int, Digests]  # of the last ticks
 
 
 class Recorder:
-    """int64 numbers: the last tick, then TICKS entries, written in turn, of a tick and its digests. One file a rank.
+    """int64 numbers: the last tick, then TICKS entries, written in turn, of a tick and its digests."""
 
-    The loop alone writes. The guard of the same process copies it under the interpreter's lock, between two of the
-    loop's stores and never within one.
-    """
-
-    def __init__(self, file: Path) -> None:
-        """Makes the file, in place of an earlier attempt's.
+    def __init__(self) -> None:
+        """Takes the memory.
 
         Raises:
-            ValueError: it can't be made.
+            ValueError: there is none.
         """
         try:
-            file.write_bytes(array("q", [NONE] * (SIZE // 8)).tobytes())
+            self.fd = os.memfd_create("recorder", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.posix_fallocate(self.fd, 0, SIZE)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self._map = mmap.mmap(self.fd, SIZE)
         except OSError as error:
-            raise ValueError(f"{file} can't be written: {error.strerror}") from error
-        with open(file, "r+b") as opened:
-            self._map = mmap.mmap(opened.fileno(), SIZE)
+            raise ValueError(f"no memory for the flight recorder: {error.strerror}") from error
         self._numbers = memoryview(self._map).cast("q")
+        self._numbers[:] = memoryview(array("q", [NONE] * (SIZE // 8)))
 
     @property
     def tick(self) -> int:
@@ -55,8 +62,7 @@ class Recorder:
     def write(self, tick: int, digests: Digests) -> None:
         """A tick was planned.
 
-        The entry is marked as none before its digests are stored and gets its tick after them, so whoever copies it in
-        between finds it marked, and else finds it whole.
+        Whoever copies an entry in between finds it marked as none, and else finds it whole.
         """
         at, numbers = 1 + tick % TICKS * ENTRY, self._numbers
         numbers[at] = NONE
@@ -67,12 +73,31 @@ class Recorder:
         """A copy of all numbers, for `traced`."""
         return bytes(self._numbers)
 
+    def close(self) -> None:
+        """No peer can open it any more; it can still be read and written here."""
+        os.close(self.fd)
+
+
+class Peer:
+    """A reader of another process's recorder on this machine, opened while that process lives; it outlives it."""
+
+    def __init__(self, pid: int, fd: int) -> None:
+        """Raises: OSError: it can't be had: the process is gone, or a container hides it."""
+        self._fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def content(self) -> bytes:
+        """As `Recorder.content`."""
+        return os.pread(self._fd, SIZE, 0)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
 
 def traced(content: bytes) -> tuple[int, Trace]:
     """The last tick, NONE before the first, and the digests of the last ticks, from a recorder's content.
 
     Raises:
-        IndexError: there is no content, as of a file that was only just made.
+        IndexError: there is no content.
     """
     numbers = array("q", content[:SIZE])
     entries = [numbers[at : at + ENTRY] for at in range(1, len(numbers), ENTRY)]

@@ -32,7 +32,7 @@ from spmd.journal.locked_file import OpenFile, acquire_lock, lock_holder, open_l
 from spmd.journal.merge import Merge, Source
 from spmd.journal.paths import Paths, check_errors, make_folder
 from spmd.journal.writer import CHECK_EVERY
-from spmd.messages import cannot_write
+from spmd.messages import Mistake, cannot_write
 
 PATIENCE = 10.0  # seconds that what is left of an earlier run may take to end
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -51,7 +51,7 @@ class Journal:
         errors: a file that gets those answers that are errors, too, once the output is replaced.
 
     Raises:
-        ValueError: the output can't be written, another run works on it, or what it holds is not to be mixed with
+        Mistake: the output can't be written, another run works on it, or what it holds is not to be mixed with
             answers of this run.
     """
 
@@ -90,7 +90,7 @@ class Journal:
         """Restore what was deleted under way; cheap enough for every tick. `now` is of the monotonic clock.
 
         Raises:
-            ValueError: another run has come in meanwhile, or a file can't be restored.
+            Mistake: another run has come in meanwhile, or a file can't be restored.
         """
         if now - self.last_check > CHECK_EVERY:
             self.last_check = now
@@ -109,14 +109,14 @@ class Journal:
             How many answers of rows that are not in the input any more were put aside.
 
         Raises:
-            ValueError: the disk is full, or answers are gone; the next start goes on from there.
+            Mistake: the disk is full, or answers are gone; the next start goes on from there.
         """
         self._restore()
         with ExitStack() as stack, self._reporting("everything is answered and safe, only the output is left to write"):
             parts = [stack.enter_context(open(self.paths.part(rank), "rb")) for rank in range(dp)]
             merge = Merge(self.sources, [JournalFile(part) for part in parts], rows)
             if lost := rows.num_set + done - merge.num_rows:
-                raise ValueError(
+                raise Mistake(
                     f"output={self.output}: {lost:,} answers are gone, somebody changed their files under way; "
                     f"start again to have these rows answered again"
                 )
@@ -163,9 +163,9 @@ class Journal:
     def _check_path(self, input: str) -> None:
         path = self.paths.output
         if path.exists() and not path.is_file():
-            raise ValueError(f"output={self.output} is {'a directory' if path.is_dir() else 'no regular file'}")
+            raise Mistake(f"output={self.output} is {'a directory' if path.is_dir() else 'no regular file'}")
         if Path(input).resolve() == path:
-            raise ValueError(f"output={self.output} is the input: it would be overwritten")
+            raise Mistake(f"output={self.output} is the input: it would be overwritten")
 
     @contextmanager
     def _reporting(self, safe: str, errors: Path | None = None) -> Iterator[None]:
@@ -178,10 +178,10 @@ class Journal:
             yield
         except BlockingIOError as error:
             who = lock_holder(self.paths.lock)
-            raise ValueError(f"{what} is in use by {who}: let it end, or choose another output") from error
+            raise Mistake(f"{what} is in use by {who}: let it end, or choose another output") from error
         except OSError as error:
             then = f"; {safe}: mend that, then start again with the same output" if error.errno in FULL else ""
-            raise ValueError(cannot_write(what, folder, error) + then) from error
+            raise Mistake(cannot_write(what, folder, error) + then) from error
 
     # -- what earlier runs left ---------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class Journal:
                     entry.key for _, entry in source.entries() if entry.key is not None and not (retry and entry.failed)
                 )
         except ValueError as error:
-            raise ValueError(f"output={self.output}: {error}; {INSTEAD}") from error
+            raise Mistake(f"output={self.output}: {error}; {INSTEAD}") from error
         return pack(keys)
 
     # -- the replacement ----------------------------------------------------------------------------------------------

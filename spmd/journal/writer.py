@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from spmd.journal.format import Entry, Header, write_entry, write_header
 from spmd.journal.locked_file import OpenFile
 from spmd.journal.paths import Paths
-from spmd.messages import cannot_write
+from spmd.messages import Mistake, cannot_write
 
 CHECK_EVERY = 1.0  # seconds; on a network file system a look at a file waits until all of it is written
 
@@ -21,7 +21,7 @@ class PartWriter:
     A part that is deleted under way is noticed within a second, or when it is closed, and written anew.
 
     Raises:
-        ValueError: from any call, if the part can't be written or another run writes it. Answers that were written
+        Mistake: from any call, if the part can't be written or another run writes it. Answers that were written
             before stay in it, as whole lines.
     """
 
@@ -64,10 +64,10 @@ class PartWriter:
         try:
             yield
         except BlockingIOError as error:
-            raise ValueError(f"{self.path} is written by another run: end it, or choose another output") from error
+            raise Mistake(f"{self.path} is written by another run: end it, or choose another output") from error
         except OSError as error:
             why = cannot_write(str(self.path), self.path.parent, error)
-            raise ValueError(
+            raise Mistake(
                 f"{why}; the {self.written:,} answers that it got in this run are safe: mend that, then start again "
                 f"with the same output to go on"
             ) from error

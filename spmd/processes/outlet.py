@@ -21,7 +21,7 @@ from spmd.api.rows import BadRow
 from spmd.api.tokenizer import load_tokenizer
 from spmd.journal.format import Header
 from spmd.journal.writer import PartWriter
-from spmd.messages import first_line
+from spmd.messages import Mistake, first_line
 from spmd.processes.answer_writer import AnswerWriter
 from spmd.processes.child import fork
 
@@ -32,7 +32,7 @@ class Outlet:
     """Make it before there are threads or a GPU; a context manager, which leaves when all that was sent is written.
 
     Raises:
-        ValueError: from any call, what the user can mend, see `PartWriter`.
+        Mistake: from any call, what the user can mend, see `PartWriter`.
         RuntimeError: from any call, the process is gone.
     """
 
@@ -95,7 +95,7 @@ class Outlet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(ValueError, RuntimeError, OSError):
+        with suppress(Mistake, RuntimeError, OSError):
             self.flush(most=0)
             self._socket.shutdown(SHUT_WR)
         os.waitpid(self._pid, 0)
@@ -131,7 +131,7 @@ def _serve(line: socket) -> None:
         _write(messages, line)
     except (EOFError, pickle.UnpicklingError):
         pass  # the rank has ended, within a message perhaps
-    except ValueError as error:
+    except Mistake as error:
         line.sendall(pickle.dumps(error))
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from spmd.config import Config
-from spmd.messages import listed
+from spmd.messages import Mistake, listed
 from spmd.model.linear import computed_in
 from spmd.topology import Topology
 
@@ -62,22 +62,22 @@ def agree(facts: Mapping[str, str]) -> None:
     A rank that has no facts takes part with `{ERROR: why}`. Where all agree, two numbers a rank travel.
 
     Raises:
-        ValueError: on every rank alike, naming what differs and on which ranks, or what ERROR says.
+        Mistake: on every rank alike, naming what differs and on which ranks, or what ERROR says.
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size > 1 and not _equal(facts):
         everyone: list[tuple[str, Mapping[str, str]]] = [("", {})] * size
         dist.all_gather_object(everyone, (host(), facts))
-        raise ValueError(difference(everyone))
+        raise Mistake(difference(everyone))
     if ERROR in facts:
-        raise ValueError(facts[ERROR])
+        raise Mistake(facts[ERROR])
 
 
 def together(topology: Topology, step: Callable[[], T]) -> T:
     """Run a start-up step on every rank; if it fails on some, all ranks end with the first one's message.
 
     Raises:
-        ValueError: on every rank alike, naming the rank that failed.
+        Mistake: on every rank alike, naming the rank that failed.
     """
     result, message = None, None
     try:
@@ -89,7 +89,7 @@ def together(topology: Topology, step: Callable[[], T]) -> T:
         messages = [None] * topology.world_size
         dist.all_gather_object(messages, message)
     if failed := next(filter(None, messages), None):
-        raise ValueError(failed)
+        raise Mistake(failed)
     return result  # type: ignore[return-value]  # set unless the step failed
 
 

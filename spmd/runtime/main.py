@@ -33,7 +33,8 @@ AFTER_ANOTHER = 5.0  # seconds in which torchrun ends a rank whose peer has ende
 def main(work: Callable[[Config, Topology, Stop], None]) -> None:
     """Compose the configuration from the command line and run `work` on this rank.
 
-    Exit status: 0 done; 75 stopped by a signal; 2 a ValueError, which rank 0 tells in one line; 1 anything else.
+    Exit status: 0 done; 75 stopped by a signal; 2 a ValueError of start-up or a Mistake, which rank 0 tells in one
+    line; 1 anything else.
     """
     with lasting_output():
         status = _main(work)

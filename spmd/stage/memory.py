@@ -1,12 +1,14 @@
 """Whether a configuration fits the memory of its devices: what each stage needs, known before any weight is loaded.
 
 Weights and KV cache are exact, since they are counted in the tensors that would be allocated. On GPUs both must fit the
-share that `scheduler.gpu_memory_utilization` allows; activations, which are estimated, come out of the rest.
+share that `scheduler.gpu_memory_utilization` allows; activations, which are estimated, come out of the rest. On CPUs a
+machine that was filled would end other people's processes too: what it can't hold is refused.
 """
 
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from spmd.topology import Topology
 CPU_CACHE_BYTES = 4 * 2**30  # KV cache of a rank without a GPU, as vLLM's CPU default
 CUDA_BYTES = 2**30  # what CUDA, NCCL and cuBLAS take of a GPU, about, where it can't be measured
 MOST_UTILIZATION = 0.95  # that is advised
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")  # lines of id, controllers and path; version 2 has one, without controllers
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def check_memory(settings: Settings, devices: Sequence[Device]) -> list[str]:
     """
     each = list(zip(needs(settings), devices, strict=True))
     if settings.kind == "cpu":
-        return list(_cpu_warnings(each))
+        return _check_machines(settings, each)
     least = least_blocks(settings)
     stage, device = min(each, key=lambda pair: pair[1].usable(settings) - pair[0].with_cache(least))
     if stage.with_cache(least) > device.usable(settings):
@@ -175,10 +178,24 @@ def smallest_of_stages(own: Device, settings: Settings, topology: Topology) -> l
 
 
 def machine_bytes() -> int:
-    """Memory of this machine, or of the container."""
-    limits = [Path(file).read_text().strip() for file in CGROUP_LIMITS if Path(file).is_file()]
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([installed, *(int(limit) for limit in limits if limit.isdigit())])
+    """Memory of this machine, or what the container, or the job under SLURM, may take of it."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """Bytes that the control groups of this process allow: its own and all above it. Both versions of these."""
+    with suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root, file = (CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (CGROUPS, "memory.max")
+            own = root / path.lstrip("/")
+            for folder in (own, *own.parents):
+                limit = folder / file
+                told = limit.read_text().strip() if folder.is_relative_to(root) and limit.is_file() else "max"
+                if told.isdigit():
+                    yield int(told)
 
 
 def _too_large(settings: Settings, stage: Needs, devices: Sequence[Device]) -> str:
@@ -246,12 +263,22 @@ def _gpu_warnings(each: list[tuple[Needs, Device]], blocks: int) -> Iterator[str
         )
 
 
-def _cpu_warnings(each: list[tuple[Needs, Device]]) -> Iterator[str]:
-    """Only of what is impossible: how much of a machine is free, and who else will run on it, nobody knows."""
+def _check_machines(settings: Settings, each: list[tuple[Needs, Device]]) -> list[str]:
+    """As `check_memory` on CPUs, where ranks of several stages share a machine, so that their mean counts.
+
+    Only what is impossible is refused, for how much of a machine is free, and who else will run on it, nobody knows:
+    weights, and a KV cache that was asked for, of more bytes than even the largest share. A cache that wasn't asked for
+    is bounded by CPU_CACHE_BYTES, and the kernel finds its pages only as they are written.
+    """
+    blocks = settings.scheduler.num_blocks or 0
     weights = sum(stage.weights for stage, _ in each) // len(each)
-    smallest = min(device.total for _, device in each)
-    if weights > smallest:
-        yield (
-            f"the weights of a rank take {readable(weights)} in the mean, its share of its machine's memory is "
-            f"{readable(smallest)}; use more machines, or a smaller model.dtype"
-        )
+    needed = sum(stage.with_cache(blocks) for stage, _ in each) // len(each)
+    cache = f"and the KV cache of scheduler.num_blocks={blocks} blocks {readable(needed - weights)} " * bool(blocks)
+    shares = sorted(device.total for _, device in each)
+    told = (
+        f"the weights of a rank take {readable(weights)} {cache}in the mean, its share of its machine's memory is "
+        f"{readable(shares[0])}; use {'fewer blocks, ' * bool(blocks)}more machines, or a smaller model.dtype"
+    )
+    if needed > shares[-1]:
+        raise ValueError(told)
+    return [told] if needed > shares[0] else []

@@ -12,6 +12,7 @@ import pytest
 
 from spmd.config import Config, GuardConfig
 from spmd.engine import Engine
+from spmd.messages import Mistake
 from spmd.parallel.packet import Packet, PacketWire
 from tests.support.driver import configure, drive
 from tests.support.oracle import Task
@@ -51,7 +52,11 @@ def fails(engine: Engine) -> None:
 
 
 def user_error(engine: Engine) -> None:
-    raise ValueError("output=x: the disk is full")
+    raise Mistake("output=x: the disk is full")
+
+
+def foreign_error(engine: Engine) -> None:
+    raise ValueError("Out of range float values are not JSON compliant")
 
 
 def stopped(engine: Engine) -> None:
@@ -118,7 +123,14 @@ def test_a_lost_rank_ends_the_run_and_is_named(
         assert re.search(rf"rank {culprit} \(dp.*pid \d+\) gave no sign of life for \d+ s, at tick {AT - 1}", words)
 
 
-@pytest.mark.parametrize(("wrong", "said"), [(fails, r"\) failed: RuntimeError: out of"), (user_error, "disk is full")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (fails, r"\) failed: RuntimeError: out of"),
+        (foreign_error, r"\) failed: ValueError: Out of range"),
+        (user_error, r"(?m)^output=x: the disk is full \[rank 1"),
+    ],
+)
 def test_a_rank_that_fails_says_why_for_all(
     last_words: Callable[..., list[str]], wrong: Callable[[Engine], None], said: str
 ) -> None:

@@ -15,6 +15,7 @@ from spmd.model.architecture import read_architecture
 from spmd.parallel.groups import Groups, connect
 from spmd.runtime.compose import CONF
 from spmd.settings import Settings, read_model, resolve
+from spmd.stage import build, memory
 from spmd.stage.build import load_decoder
 from spmd.stage.memory import (
     Device,
@@ -29,6 +30,7 @@ from spmd.stage.memory import (
 )
 from spmd.topology import Topology
 from tests.support.checkpoints import write_checkpoint
+from tests.support.jobs import run_here
 from tests.support.ranks import Ranks
 from tests.support.settings import settled
 
@@ -140,12 +142,56 @@ def test_activations_are_only_warned_of() -> None:
     assert check_memory(eight_b(config), [gpu(16)] * 2) == []
 
 
-def test_a_machine_that_cannot_hold_the_weights_is_warned_of() -> None:
-    assert check_memory(eight_b(configured(pp=2), "cpu"), [Device("cpu", 9 * GIB)] * 2) == []
-    devices = [Device("cpu", 9 * GIB), Device("cpu", 7 * GIB)]
-    [told] = check_memory(eight_b(configured(pp=2), "cpu"), devices)
-    assert told.startswith("the weights of a rank take 7.6 GiB in the mean, its share of its machine's memory is 7.0 G")
+def test_a_machine_that_cannot_hold_the_weights_is_refused() -> None:
+    on_cpus = eight_b(configured(pp=2), "cpu")
+    assert check_memory(on_cpus, [Device("cpu", 9 * GIB)] * 2) == []
+    told = "the weights of a rank take 7.6 GiB in the mean, its share of its machine's memory is 7.0 GiB; use more mach"
+    with pytest.raises(ValueError, match=told):
+        check_memory(on_cpus, [Device("cpu", 7 * GIB)] * 2)
+    [warning] = check_memory(on_cpus, [Device("cpu", 9 * GIB), Device("cpu", 7 * GIB)])  # which ranks share which?
+    assert warning.startswith(told)
     assert this_device(CPU, ranks=4).total == machine_bytes() // 4 > 2**24
+
+
+def test_a_cache_that_was_asked_for_counts_on_cpus_too() -> None:
+    config = replace(configured(), scheduler=SchedulerConfig(num_blocks=20_000))
+    told = r"take 15.3 GiB and the KV cache of scheduler.num_blocks=20000 blocks 43.9 GiB in the mean, .* use fewer blo"
+    with pytest.raises(ValueError, match=told):
+        check_memory(eight_b(config, "cpu"), [Device("cpu", 32 * GIB)])
+    assert check_memory(eight_b(config, "cpu"), [Device("cpu", 64 * GIB)]) == []
+
+
+def test_a_run_whose_weights_the_machine_cannot_hold_ends_before_they_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 2**20)
+    monkeypatch.setattr(build, "load", None)  # loading would end in a TypeError
+    (tmp_path / "in.jsonl").write_text('{"prompt": "1+2="}\n')
+    files = (f"input={tmp_path}/in.jsonl", f"output={tmp_path}/out.jsonl", f"run_dir={tmp_path}/run")
+    assert run_here("model=demo", *files) == 2
+    assert capfd.readouterr().err.startswith("error: the weights of a rank take ")
+
+
+@pytest.mark.parametrize(
+    ("lines", "file", "limit"),
+    [
+        ("0::/", "memory.max", "1048576\n"),
+        ("0::/slurm/job_7/step_0", "slurm/job_7/memory.max", "1048576\n"),
+        ("5:cpu,memory:/slurm/job_7\n4:pids:/", "memory/slurm/job_7/memory.limit_in_bytes", "1048576"),
+    ],
+    ids=["container", "a job's, above its step's", "version 1"],
+)
+def test_the_limit_of_a_job_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, file: str, limit: str
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(limit)
+    (tmp_path / "own").write_text(lines)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
+    assert machine_bytes() == 2**20
+    (tmp_path / file).write_text("max\n")
+    assert machine_bytes() > 2**24
 
 
 def gathered(rank: int, config: Config, devices: list[Device]) -> list[Device]:
