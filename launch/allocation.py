@@ -9,6 +9,7 @@ import sys
 
 from spmd.config_checks import check
 from spmd.runtime.compose import compose, tell
+from spmd.runtime.overrides import quoted
 from spmd.runtime.slurm import allocation, check_processes, port, shard
 from spmd.signals import USAGE
 
@@ -29,7 +30,7 @@ def settle() -> dict[str, str]:
         overrides = [f"shard=[{part[0]},{part[1]}]"]
     if part and config.run_dir:  # of the whole array: each task needs a folder of its own
         run_dir = f"{run_dir}/{part[0]}"
-        overrides.append(f"run_dir='{run_dir}'")
+        overrides.append(f"run_dir={quoted(run_dir)}")
     return {
         "native": str(int(job.native)),
         "per_node": str(job.per_node),

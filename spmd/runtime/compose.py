@@ -14,16 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from spmd.config import Config
 from spmd.runtime.environment import check_environment
+from spmd.runtime.overrides import as_typed, hints
 
 HOME = Path(__file__).parents[2]  # of a checkout, or the folder that a wheel was installed into
 CONF = next(folder for folder in (HOME / "spmd" / "conf", HOME / "conf") if folder.is_dir())
 PATIENCE = 20.0  # seconds rank 0 gets to tell an error before another rank does
-GRAMMAR = "advanced/override_grammar"  # Hydra refers to it when it can't parse an override
-QUOTING = "a value that holds = , ( ) or ~ needs quotes inside those of the shell: 'key=\"a=b\"'"
 # Lines of Hydra's error messages that tell a user of ours nothing, or, as the advice to append, mislead.
 NOISE = (
     *("Set the environment variable", "To append to your config", "See https://hydra.cc", "Config search path"),
-    *("provider=", "full_key:", "reference_type=", "object_type="),
+    *("^", "provider=", "full_key:", "reference_type=", "object_type="),
 )
 
 
@@ -38,6 +37,7 @@ def compose(quiet: bool = False) -> Config:
     check_environment(os.environ)
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         raise ValueError("--multirun would sweep inside every rank; sweep outside, one launch a point")
+    sys.argv[1:] = as_typed(sys.argv[1:])
     composed: list[DictConfig] = []
 
     def keep(cfg: DictConfig) -> None:
@@ -57,7 +57,7 @@ def compose(quiet: bool = False) -> Config:
             if not end.code:
                 raise
             said = complaints.getvalue().strip().rpartition("error: ")[2]  # argparse's usage stands before
-            raise ValueError(f"{said}\n{QUOTING}" if GRAMMAR in said else said) from None
+            raise ValueError("\n".join([said, *hints(said)])) from None
     if not quiet:
         sys.stderr.write(complaints.getvalue())
     if not composed:
