@@ -12,6 +12,7 @@ from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
 from spmd.guard.ending import after_start_up
 from spmd.leader import Leader
+from spmd.messages import Mistake
 from spmd.processes.feeder import Feeder
 from spmd.processes.outlet import Outlet
 from spmd.processes.source import PreparedRows
@@ -19,7 +20,7 @@ from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.run_files import RunFiles, Snapshot, check_paths
+from spmd.run_files import RunFiles, Snapshot, check_paths, first_error
 from spmd.runtime.agreement import agree, from_each, from_rank_0, on_each_host, together
 from spmd.runtime.main import main
 from spmd.settings import Settings
@@ -46,7 +47,8 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, out
         complete = together(topology, lambda: files.complete(snapshot) if topology.rank == 0 else None)
         if from_rank_0(topology, complete is not None):
             if complete:
-                _finish(files, complete)
+                reader, left = complete
+                _finish(files, reader, files.write_errors(snapshot, left), len(left))
             return
         agree(together(topology, lambda: files.facts(snapshot)))
         tokenizer = together(topology, lambda: _tokenizer(settings, topology, outlet))  # before weights
@@ -63,7 +65,7 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, out
             )
         elif metrics:
             with after_start_up():
-                _finish(files, rows, metrics)
+                _finish(files, rows, topology.dp, metrics.rows_ok + metrics.rows_failed, metrics)
 
 
 def _answer(worker: Worker, rows: PreparedRows, leader: Leader | None, files: RunFiles) -> Metrics | None:
@@ -80,10 +82,17 @@ def _answer(worker: Worker, rows: PreparedRows, leader: Leader | None, files: Ru
     return metrics
 
 
-def _finish(files: RunFiles, reader: Reader | PreparedRows, metrics: Metrics | None = None) -> None:
-    """Put the output together and tell of it, on rank 0; without metrics no rank had anything to do."""
+def _finish(
+    files: RunFiles, reader: Reader | PreparedRows, parts: int, done: int, metrics: Metrics | None = None
+) -> None:
+    """Put the output together of earlier answers and `done` more in `parts`, and tell of it, on rank 0.
+
+    `metrics`: None if no model was needed.
+
+    Raises:
+        Mistake: no row could be answered, now or earlier; the output, which says why row by row, is complete.
+    """
     assert files.journal
-    parts, done = (files.topology.dp, metrics.rows_ok + metrics.rows_failed) if metrics else (0, 0)
     unused = files.journal.finish(parts, reader.done, done, files.settings.output_order == "completion")
     earlier = f"{reader.done.num_set:,}"
     if metrics:
@@ -91,7 +100,8 @@ def _finish(files: RunFiles, reader: Reader | PreparedRows, metrics: Metrics | N
         if reader.done.num_set:
             print(f"resumed: {earlier} more rows were done by earlier runs")
     else:
-        print(f"nothing to do: all {earlier} rows were done by earlier runs")
+        more = f", {done:,} more can't be answered" if done else ""
+        print(f"nothing to do: all {earlier} rows were done by earlier runs{more}")
     if reader.prioritized and files.settings.scheduler.policy == "fcfs":
         print(f"priority: not looked at in {reader.prioritized:,} rows; scheduler.policy=priority does")
     if unused:
@@ -101,6 +111,9 @@ def _finish(files: RunFiles, reader: Reader | PreparedRows, metrics: Metrics | N
         print(f"errors: {files.errors}")
     if metrics:
         print(f"figures: {write_json(metrics, files.output)}")
+    answered = files.journal.answered or (metrics and metrics.rows_ok)
+    if not answered and (rows := done + reader.done.num_set):
+        raise Mistake(f"none of the {rows:,} rows could be answered; {first_error(files.output)}")
 
 
 def _rows(worker: Worker, files: RunFiles, snapshot: Snapshot, feeder: Feeder) -> PreparedRows:

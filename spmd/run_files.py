@@ -8,13 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spmd.api.reader import Reader, check_input, count_lines, input_digest
+from spmd.api.answers import error_line
+from spmd.api.reader import Reader, check_input, input_digest
+from spmd.api.rows import BadRow
 from spmd.config import Config
 from spmd.journal.fingerprint import fingerprint, first_form
 from spmd.journal.identity import told_earlier
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
 from spmd.journal.paths import Paths, shard_output
+from spmd.journal.writer import PartWriter
+from spmd.messages import Mistake
 from spmd.model.checkpoint import resolve, weight_files
 from spmd.processes.feeder import Intake
 from spmd.processes.outlet import Outlet
@@ -123,12 +127,28 @@ class RunFiles:
             builders=settings.input_workers or _builders(),
         )
 
-    def complete(self, snapshot: Snapshot) -> Reader | None:
-        """A reader that has met all rows, if none of them is left to answer. On rank 0."""
+    def complete(self, snapshot: Snapshot) -> tuple[Reader, list[BadRow]] | None:
+        """On rank 0, if no row is left that a model could answer: a reader that has met all rows, and those left.
+
+        Such are lines that aren't JSON, say, or that have an earlier row's id. Blank lines are no rows.
+        """
         reader = self.reader(snapshot)
-        if len(reader.done) * reader.shards < count_lines(self.input, snapshot.size):
-            return None  # as nearly always; known without a look at the rows
-        return None if reader.next_row(own=False) else reader
+        left = reader.unanswerable()
+        if left is None:
+            return None
+        if not reader.rows:
+            raise Mistake(f"input={self.input} has no rows, only blank lines")
+        return reader, left
+
+    def write_errors(self, snapshot: Snapshot, rows: list[BadRow]) -> int:
+        """On rank 0, with no model: write down why rows can't be answered. Returns how many parts it made."""
+        if not rows:
+            return 0
+        with PartWriter(self.output, 0, snapshot.header) as part:
+            for row in rows:
+                part.write(row.index, error_line(row), row.key, True)
+            part.close()
+        return 1
 
     def open_part(self, snapshot: Snapshot, outlet: Outlet) -> None:
         """On a leader, have its part made."""
@@ -146,6 +166,13 @@ class RunFiles:
 def _salt(snapshot: Snapshot) -> str:
     """What goes into the key of every row."""
     return json.dumps(snapshot.header["identity"], sort_keys=True)
+
+
+def first_error(output: str) -> str:
+    """Of which row the first line of an output of errors is, and what it says."""
+    with open(output, "rb") as file:
+        line = json.loads(file.readline())
+    return f"{line['custom_id']}: {line['error']['message']}"
 
 
 def _builders() -> int:

@@ -436,6 +436,73 @@ def test_rows_that_failed_are_passed_over_or_tried_again(here: Path, capfd: pyte
     assert second.splitlines()[:4] == first.splitlines()[:4] and second != first
 
 
+@pytest.mark.parametrize(
+    "more",
+    [b"\n\n  \n", b'{"custom_id": "sum-0", "prompt": "5+5="}\n', b"not JSON\n", b"[1]"],
+    ids=["blank lines", "a duplicate id", "no JSON", "no object, no end of line"],
+)
+def test_nothing_to_do_is_known_before_weights_load(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], more: bytes
+) -> None:
+    """Whatever else is in the input that no model could answer; the output is the one that a model's run leaves."""
+    write_rows(here / "in.jsonl", sums(2, max_tokens=2))
+    with open(here / "in.jsonl", "ab") as file:
+        file.write(more)
+    common = (*DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    assert run_here(*common) == 0
+    first = (here / "out.jsonl").read_bytes()
+    capfd.readouterr()
+    monkeypatch.setattr(build, "load", None)
+    assert run_here(*common) == 0
+    assert "nothing to do: all " in capfd.readouterr().out
+    assert (here / "out.jsonl").read_bytes() == first
+
+
+def test_a_shard_without_rows_has_nothing_to_do(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(here / "in.jsonl", sums(3, max_tokens=2))
+    common = (*DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    assert run_here(*common, "shard=[1,2]") == 0  # one of three rows, where three halves would be rounded to two
+    monkeypatch.setattr(build, "load", None)
+    for shard in ("shard=[1,2]", "shard=[4,5]"):
+        assert run_here(*common, shard) == 0
+        assert "nothing to do" in capfd.readouterr().out
+    assert (here / "out-00004-of-00005.jsonl").read_bytes() == b""
+
+
+def test_a_run_in_which_no_row_could_be_answered_ends_with_2(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also when it is started again; with a single answer, of today's run or an earlier one, it is 0."""
+    bad = [{"prompt": "1+1=", "temprature": 0}] * 3
+    write_rows(here / "in.jsonl", bad)
+    common = (*DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    for _ in range(2):
+        assert run_here(*common) == 2
+        told = ERROR.findall(capfd.readouterr().err)
+        assert told == ["error: none of the 3 rows could be answered; row-0: unknown key 'temprature': did you mean "
+                        "'temperature'?"]  # fmt: skip
+        assert len(read_rows(here / "out.jsonl")) == 3
+    write_rows(here / "in.jsonl", bad + sums(1, max_tokens=2))
+    assert run_here(*common) == 0
+    write_rows(here / "in.jsonl", [*bad, *sums(1, max_tokens=2), {"prompt": 5}])
+    assert run_here(*common) == 0
+
+
+def test_lines_that_no_model_could_answer_load_none(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A table of CSV, say; and a file of blank lines, which has no rows."""
+    monkeypatch.setattr(build, "load", None)
+    common = (*DEMO, "input=in.jsonl", "output=out.jsonl", "run_dir=run", *GREEDY)
+    (here / "in.jsonl").write_text("prompt,max_tokens\n1+1=,5\n")
+    assert run_here(*common) == 2
+    assert "error: none of the 2 rows could be answered; row-0: the line is not valid JSON" in capfd.readouterr().err
+    assert [row["error"]["code"] for row in read_rows(here / "out.jsonl")] == ["invalid_json"] * 2
+    (here / "in.jsonl").write_text("\n \n")
+    assert run_here(*common) == 2
+    assert capfd.readouterr().err == "error: input=in.jsonl has no rows, only blank lines\n"
+
+
 def test_shards_answer_every_row_once_as_the_whole_does(here: Path) -> None:
     rows = [*sums(9), {"prompt": "1+2="}, {"custom_id": "sum-3", "prompt": "again"}]
     write_rows(here / "in.jsonl", rows)

@@ -2,11 +2,13 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
+from spmd.api.input_kind import check_kind
 from spmd.api.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, has_priority, load, number_name
 from spmd.api.source import SKIPPED, Skipped, num_requests, skipped
 from spmd.integers import digest64
@@ -82,6 +84,15 @@ class Reader:
             return SKIPPED
         row = replace(self.parser.build(found.row) if isinstance(found.row, Row) else found.row, key=found.key)
         return row if own else skipped(num_requests(row))
+
+    def unanswerable(self) -> list[BadRow] | None:
+        """All that is left, if none of it can be answered, whatever the model; None as soon as a row perhaps can."""
+        left = []
+        for found in self._to_do:
+            if isinstance(found.row, Row):
+                return None
+            left.append(replace(found.row, key=found.key))
+        return left
 
     def read(self) -> Iterator[Found]:
         """All rows of the shard, those done before among them."""
@@ -161,17 +172,18 @@ def check_input(path: str) -> int:
     """Size of the input file in bytes.
 
     Raises:
-        ValueError: it is missing, no file, not readable or empty.
+        ValueError: it is missing, no file, not readable, empty, or of a kind that isn't read.
     """
     try:
         if os.path.isdir(path):
             raise ValueError(f"input={path} is a directory, not a file of one JSON object a line")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        found = os.stat(path)
+        size, mode = found.st_size, found.st_mode
+        if size == 0 and stat.S_ISREG(mode):
+            raise ValueError(f"input={path} is empty")
+        check_kind(path, mode)
     except OSError as error:
         raise ValueError(f"input={path} can't be read: {error.strerror or first_line(error)}") from error
-    if size == 0:
-        raise ValueError(f"input={path} is empty")
     return size
 
 
@@ -183,13 +195,3 @@ def input_digest(path: str, size: int) -> str:
             digest.update(block)
             size -= len(block)
     return digest.hexdigest()
-
-
-def count_lines(path: str, size: int) -> int:
-    """Lines within the first `size` bytes of a file, blank ones and a last one without end included."""
-    lines, last = 0, b"\n"
-    with open(path, "rb") as file:
-        while block := file.read(min(size, BLOCK)):
-            lines += block.count(b"\n")
-            size, last = size - len(block), block[-1:]
-    return lines + (last != b"\n")

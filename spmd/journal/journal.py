@@ -72,6 +72,7 @@ class Journal:
         self.last_check = 0.0
         self.files: list[OpenFile] = []  # files of earlier answers, to be restored if they are deleted
         self.sources: list[Source] = []  # what is in them, oldest first
+        self.answered = False  # whether one of them is no error
         self._check_path(input)
         self.errors = None if errors is None else check_errors(errors, self.paths, input)
         if self.errors:
@@ -245,10 +246,10 @@ class Journal:
     def _keys(self, retry: bool) -> bytes:
         keys = array("Q")
         try:
-            for source in self.sources:
-                keys.extend(
-                    entry.key for _, entry in source.entries() if entry.key is not None and not (retry and entry.failed)
-                )
+            for _, entry in (found for source in self.sources for found in source.entries()):
+                if entry.key is not None and not (retry and entry.failed):
+                    keys.append(entry.key)
+                    self.answered |= not entry.failed
         except ValueError as error:
             raise Mistake(f"output={self.output}: {error}; {INSTEAD}") from error
         return pack(keys)
