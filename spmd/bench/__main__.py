@@ -3,10 +3,11 @@
 torchrun --standalone --nproc-per-node 2 -m spmd.bench topology=pp2 model=small workload=cpu
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from spmd.bench.floor import figures, lines, ranks_work
+from spmd.bench.floor import UNKNOWN, figures, lines, ranks_work
 from spmd.bench.rates import Rates, device_rates
 from spmd.bench.workload import Workload, lengths
 from spmd.config import Config, WorkloadConfig
@@ -16,7 +17,7 @@ from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
 from spmd.report.summary import json_line, table
 from spmd.runtime.main import main
-from spmd.signals import Stop
+from spmd.signals import Stop, name
 from spmd.topology import Topology
 from spmd.worker import Worker, settle, start
 
@@ -29,19 +30,28 @@ def bench(config: Config, topology: Topology, stop: Stop) -> None:
     settings = worker.settings
     rates = device_rates(config.bench, worker.device, settings.arch.dtype) if topology.rank == 0 else None
     _run(worker, _short(config.workload, topology.dp))
+    if stop.stopped:  # known alike on all ranks
+        if topology.rank == 0:
+            print(f"stopped by {name(stop.stopped)} while warming up: no figures")
+        return
     worker.phases.end("warm-up")
     with profiled(config.profile, worker.run_dir, topology.rank) as profiler:
         metrics = _run(worker, config.workload, profiler)
     if metrics:
         reached = _reached(worker, metrics, rates)
         print(table(metrics, lines(reached)))
+        if stop.stopped:
+            rows = f"{metrics.rows_ok:,} of {config.workload.num_prompts:,} rows"
+            print(f"stopped by {name(stop.stopped)} with {rows} done: figures of these, and no floor")
         t, w = settings.topology, settings.workload
         about = {"workload": w.name, "dp": t.dp, "pp": t.pp, "tp": t.tp, "async_depth": settings.scheduler.async_depth}
         print(json_line(metrics, **about, **reached, startup_phases=worker.phases.seconds))
 
 
-def _reached(worker: Worker, metrics: Metrics, rates: Rates | None) -> dict[str, Any]:
-    """How much of what the device can do was made use of."""
+def _reached(worker: Worker, metrics: Metrics, rates: Rates | None) -> Mapping[str, Any]:
+    """How much of what the device can do was made use of; all None if not all of the workload was done."""
+    if worker.stop.stopped:
+        return UNKNOWN
     settings = worker.settings
     work = ranks_work(settings, lengths(settings.workload, settings.arch.vocab_size))
     return figures(work, rates, metrics.wall_seconds, metrics.output_tokens)

@@ -15,7 +15,7 @@ as stages and replicas run side by side):
 These times add up: kernels run one after the other. Not counted: activations, sampling, communication, the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from spmd.model.cost import head_params, layer_bytes, layer_params, seen, touche
 from spmd.settings import Settings
 
 Rows = Sequence[tuple[int, int]]  # tokens of the prompt and of the output, row by row
+UNKNOWN: Mapping[str, Any] = dict.fromkeys(  # what `figures` says of a workload that was stopped
+    ("floor_output_throughput", "floor_percent", "achieved_bandwidth", "device_bandwidth", "device_flops")
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ def figures(work: Sequence[Work], rates: Rates | None, seconds: float, output_to
     }
 
 
-def lines(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+def lines(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The same for the table."""
+    if figures["achieved_bandwidth"] is None:
+        return []
     read = f"{figures['achieved_bandwidth'] / 1e9:,.1f} GB/s"
     if figures["floor_percent"] is None:
         return [("read", read)]

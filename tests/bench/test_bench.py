@@ -1,12 +1,16 @@
 """The benchmark end to end, as a person starts it: its table and its line of JSON."""
 
 import json
+import os
+import re
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from spmd.bench.__main__ import bench as measure
+from spmd.engine import Engine
 from tests.support.jobs import ROOT, run, run_here
 
 SMALL = ("model=tiny", "workload.num_prompts=6", "workload.input_len=[5,9]", "workload.output_len=[3,6]", "device=cpu")
@@ -51,3 +55,42 @@ def test_replicas_share_the_rows(tmp_path: Path) -> None:
     assert figures["completed"] == 6 and figures["dp"] == 2
     assert figures["exchanges"] > 0 and 0 <= figures["idle_tail_percent"] < 100
     assert "replicas" in {line.split()[0] for line in told[:-1] if line}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, tick: int) -> None:
+    """SIGTERM reaches the process at a tick of every engine."""
+    ticked = Engine.tick
+
+    def ticks(self: Engine, number: int) -> None:
+        if number == tick:
+            os.kill(os.getpid(), signal.SIGTERM)
+        ticked(self, number)
+
+    monkeypatch.setattr(Engine, "tick", ticks)
+
+
+RATES = ("bench.bandwidth=1e10", "bench.flops=1e11")
+LONG = ("workload.num_prompts=64", "workload.output_len=[200,200]", "scheduler.num_blocks=256")
+
+
+def test_a_bench_that_is_stopped_tells_no_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The floor is of the whole workload: stopped early, a run would seem to be faster than it."""
+    stop_at(monkeypatch, 20)  # the warm-up takes fewer ticks
+    assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *LONG, work=measure) == 75
+    told = capfd.readouterr().out.splitlines()
+    figures = json.loads(told[-1])
+    assert figures["completed"] < 64
+    assert {figures[name] for name in ("floor_percent", "floor_output_throughput", "achieved_bandwidth")} == {None}
+    assert not {"floor", "read"} & {line.split()[0] for line in told if line}
+    assert any(re.match(r"stopped by SIGTERM on rank 0 with \d+ of 64 rows done: .* no floor", line) for line in told)
+
+
+def test_a_bench_that_is_stopped_while_it_warms_up_has_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop_at(monkeypatch, 1)
+    warm_up_lasts = ("workload.input_len=[200,200]", "scheduler.max_num_batched_tokens=16")
+    assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *warm_up_lasts, work=measure) == 75
+    assert capfd.readouterr().out == "stopped by SIGTERM on rank 0 while warming up: no figures\n"
