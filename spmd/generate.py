@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.pat
 from time import monotonic, perf_counter
 from typing import Any
 
+from spmd.api.prompts import BEGUN_TWICE
 from spmd.api.reader import Reader
 from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
@@ -23,6 +24,7 @@ from spmd.report.summary import table, write_json
 from spmd.run_files import RunFiles, Snapshot, check_paths, first_error
 from spmd.runtime.agreement import agree, from_each, from_rank_0, on_each_host, together
 from spmd.runtime.main import main
+from spmd.runtime.run_dir import warn
 from spmd.settings import Settings
 from spmd.signals import Stop, name
 from spmd.topology import Topology
@@ -58,6 +60,8 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, out
         worker.phases.end("tokenizer")
         leader = Leader(tokenizer, Metrics(), outlet) if topology.is_leader else None
         metrics = _answer(worker, rows, leader, files)
+        if metrics and rows.begun_twice:
+            warn(BEGUN_TWICE.format(rows.begun_twice), topology.rank)
         if metrics and stop.stopped:
             print(
                 f"stopped by {name(stop.stopped)} with {metrics.rows_ok + metrics.rows_failed:,} rows done; "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from spmd.api.prompts import BEGUN_TWICE
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, RowParser
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
@@ -184,8 +185,9 @@ def _input(path: str, parser: RowParser, shard: Sequence[int] | None) -> list[st
         raise ValueError(f"input={path}: none of its first {len(bad):,} rows can be answered; {bad[0]}")
     about = estimate_rows(reader.rows, reader.consumed, reader.size) or 0
     rows = f"{about:,} rows" if reader.consumed >= reader.size else f"about {about:,} rows"
+    warnings = [f"warning: {BEGUN_TWICE.format(parser.begun_twice)}"] if parser.begun_twice else []
     told = f"{path}: {rows}, {readable(reader.size)}; of the first {good + len(bad):,} {len(bad):,} will be error lines"
-    return [told, *bad[:SHOWN]]
+    return [told, *bad[:SHOWN], *warnings]
 
 
 def _output(output: str, input: str | None) -> str:

@@ -26,7 +26,7 @@ from spmd.parallel.replicas import Alone, Exchanging, InLockstep
 from spmd.report.clock import Phases
 from spmd.report.metrics import Metrics, merge
 from spmd.runtime.agreement import from_rank_0, host, together
-from spmd.runtime.device import choose_device
+from spmd.runtime.device import check_own_gpus, choose_device
 from spmd.runtime.main import log
 from spmd.runtime.run_dir import open_run_dir, record, warn
 from spmd.schedule.balance import Rules
@@ -131,6 +131,8 @@ def start(settings: Settings, topology: Topology, stop: Stop) -> Worker:
     phases = Phases(STARTED)
     phases.end("imports")
     s, device = settings.scheduler, choose_device(settings.kind)
+    if dist.is_initialized():
+        check_own_gpus(device, topology)  # NCCL refuses such ranks, in words of its own
     groups = connect(topology, device, s.lookahead > 0, settings.topology.ep, settings.guard.timeout)
     run_dir = open_run_dir(settings, topology)
     log.info("worked out: %s", worked_out(settings))

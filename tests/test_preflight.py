@@ -60,7 +60,7 @@ def test_all_is_well(run: Run, tmp_path: Path) -> None:
         "                    0     0-1  0.8 MiB          0.0 MiB    4.0 MiB     10.9 MiB",
         "ok  tokenizer   TokenizersBackend, 15 tokens, with chat template",
         "                row 1 (row-1): unknown key 'temprature': did you mean 'temperature'?",
-        "                row 2 (c): the row has neither prompt nor messages",
+        "                row 2 (c): the row has neither prompt nor messages, no keys at all",
         "                row 4 (row-4): unknown key 'temprature': did you mean 'temperature'?",
         "ok  output      new/out.jsonl: _ GiB free",
         "ok  logs        runs/<SLURM job id, or start time and process>/logs/rank-<n>.log",

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,10 @@ RESERVED = {
 }
 # Where the text of a part of a message stands, by the part's type.
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+BEGUN_TWICE = (
+    "{:,} prompts begin with the tokenizer's beginning-of-sequence token and get another one from it; leave it out of "
+    "the text, or set add_special_tokens to false in these rows"
+)
 ASKS_FOR_NULL = re.compile(r"content(?:['\"]\])?\s*(?:is\s+(?:not\s+)?|[!=]=\s*)none", re.IGNORECASE)
 
 
@@ -43,6 +47,13 @@ def _text_prompt(name: str, prompt: Any, body: Mapping[str, Any], tokenizer: Any
     if boolean("add_special_tokens", body.get("add_special_tokens", False)):
         raise ValueError(f"add_special_tokens=true needs text, and {name} is token ids: write special tokens there")
     return _checked(name, list(token_ids(name, prompt, vocab_size)), vocab_size)
+
+
+def begun_twice(prompts: Sequence[Sequence[int]], body: Mapping[str, Any], tokenizer: Any) -> int:
+    """How many texts brought their own beginning-of-sequence token, and the tokenizer put another before it."""
+    bos, given = getattr(tokenizer, "bos_token_id", None), body.get("prompt")
+    texts = given if isinstance(given, list) else [given]
+    return sum(isinstance(text, str) and prompt[:2] == [bos, bos] for text, prompt in zip(texts, prompts, strict=False))
 
 
 def chat_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmd.api.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
+from spmd.api.prompts import begun_twice
 from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tokens, integer, sampling_params
 from spmd.config import SamplingConfig
-from spmd.messages import show
+from spmd.messages import listed, show
 from spmd.schedule.request import Request
 
 MAX_LINE_BYTES = 16 * 2**20  # a prompt of a million token ids takes about half of this
+MOST_KEYS = 8  # of a row, that a message lists
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body", "metadata"})
 BODY_KEYS = frozenset[str]().union(*(endpoint.keys for endpoint in ENDPOINTS))
 PROMPT_KEYS = tuple(dict.fromkeys(endpoint.prompt_key for endpoint in ENDPOINTS))
@@ -127,6 +129,7 @@ class RowParser:
         self.max_model_len = max_model_len
         self.capacity = capacity
         self.vocab_size = vocab_size
+        self.begun_twice = 0  # prompts so far whose text brought a BOS that the tokenizer adds too
 
     def parse(self, line: bytes, index: int) -> Job | BadRow:
         """The job of a line, or what is wrong with it. Raises nothing, whatever the bytes."""
@@ -143,6 +146,7 @@ class RowParser:
             priority = integer(INT64_MIN)("priority", body.get("priority", 0))
             return_token_ids = boolean("return_token_ids", body.get("return_token_ids", False))
             prompts = endpoint.prompts(body, self.tokenizer, self.vocab_size)
+            self.begun_twice += begun_twice(prompts, body, self.tokenizer)
             if (count := len(prompts) * values["n"]) > MOST_CHOICES:
                 raise ValueError(f"{len(prompts)} prompts with n={values['n']} are {count}, at most {MOST_CHOICES}")
             if min(self.max_model_len, self.capacity) <= (longest := max(map(len, prompts))):
@@ -227,7 +231,8 @@ def _request(data: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
         raise ValueError(f"the row has both {' and '.join(prompts)}")
     if endpoint.prompt_key not in body:
         missing = f"no {endpoint.prompt_key}" if named else f"neither {' nor '.join(PROMPT_KEYS)}"
-        raise ValueError(f"the row has {missing}")
+        there = f"only {listed([show(key) for key in body], MOST_KEYS)}" if body else "no keys at all"
+        raise ValueError(f"the row has {missing}, {there}")
     _check_keys(body, endpoint.keys)
     return endpoint, body
 

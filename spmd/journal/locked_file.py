@@ -83,7 +83,7 @@ class OpenFile:
         Raises:
             OSError: it can't be written; BlockingIOError: by now another process has locked it.
         """
-        if self.in_place or (self.path.exists() and not self.lock):
+        if self.in_place or (self.path.exists() and not self.lock) or self.renumbered:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -96,6 +96,17 @@ class OpenFile:
             offset += len(block)
         os.dup2(anew.fd, self.fd, inheritable=False)
         anew.close()
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether the file at the path is this one under another number, as on file systems that make numbers up anew.
+
+        Two files don't have the same size and time of change, to the nanosecond; an empty one tells too little.
+        """
+        with suppress(FileNotFoundError):
+            there, own = os.stat(self.path), os.fstat(self.fd)
+            return own.st_size > 0 and (there.st_size, there.st_mtime_ns) == (own.st_size, own.st_mtime_ns)
+        return False
 
     def sync(self) -> None:
         """Return when the file system has all of it; a network file system may find only then that it is full."""
@@ -170,7 +181,7 @@ def release_lock(lock: OpenFile) -> None:
     Somebody who waits for the lock gets it on a file that is gone by then, sees that, and makes a new one.
     """
     with suppress(OSError):
-        if lock.in_place:
+        if lock.in_place or lock.renumbered:
             lock.path.unlink()
         lock.path.parent.rmdir()
     lock.close()

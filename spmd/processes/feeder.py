@@ -161,9 +161,12 @@ def _ended(block: Block, reader: Reader) -> Block:
 
 def build(block: Block, parser: RowParser) -> Batch:
     """The rows of a block, whatever its lines hold."""
+    before = parser.begun_twice
     built = [_build(line, parser) for line in block.lines]
     rows = [(num_requests(row), pack(row)) for row in built]
-    return Batch(rows, block.met, block.num_rows, block.consumed, block.prioritized, block.last)
+    return Batch(
+        rows, block.met, block.num_rows, block.consumed, block.prioritized, parser.begun_twice - before, block.last
+    )
 
 
 def _serve(rank: Connection) -> None:

@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     num_rows: int  # of the input gone through by the end of this batch
     consumed: int  # bytes of the input likewise
     prioritized: int  # rows with a priority likewise
+    begun_twice: int  # prompts of this batch alone, see `RowParser.begun_twice`
     last: bool
 
 

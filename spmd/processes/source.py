@@ -25,6 +25,7 @@ class PreparedRows:
         self.size, self.shards, self.done = reader.size, reader.shards, reader.done
         self.rows = self.consumed = 0  # of the input so far, of all replicas and shards; bytes
         self.prioritized = 0  # rows with a priority so far
+        self.begun_twice = 0  # prompts so far, see `RowParser.begun_twice`
         self.waited = 0.0  # seconds
         self._batch: list[tuple[int, bytes]] = []
         self._next = 0
@@ -48,5 +49,6 @@ class PreparedRows:
         self.waited += perf_counter() - started
         self._batch, self._next, self._last = batch.rows, 0, batch.last
         self.rows, self.consumed, self.prioritized = batch.num_rows, batch.consumed, batch.prioritized
+        self.begun_twice += batch.begun_twice
         for place, index in batch.met:
             self.done.put(place, index)

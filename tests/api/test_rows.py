@@ -313,8 +313,8 @@ def test_urls_of_something_else(url: Any) -> None:
 
 
 def test_a_body_that_its_url_or_nothing_tells() -> None:
-    assert message_of({"url": "/chat/completions", "body": {"prompt": "a"}}) == "the row has no messages"
-    assert message_of({"body": {"temperature": 0}}) == "the row has neither prompt nor messages"
+    assert message_of({"url": "/chat/completions", "body": {"prompt": "a"}}) == "the row has no messages, only 'prompt'"
+    assert message_of({"body": {"temperature": 0}}) == "the row has neither prompt nor messages, only 'temperature'"
     assert message_of({"body": CHAT_BODY | {"prompt": "a"}}) == "the row has both prompt and messages"
 
 
@@ -360,3 +360,32 @@ def test_what_stands_in_extra_body_stands_in_the_body() -> None:
 def test_keys_that_matter_are_named_without_a_hint_that_misleads(keys: dict[str, Any], words: list[str]) -> None:
     message = message_of(CHAT_BODY | keys)
     assert all(word in message for word in words) and "metadata" not in message, message
+
+
+def test_a_row_without_a_prompt_is_told_which_keys_it_has() -> None:
+    def told(row: Mapping[str, Any]) -> str:
+        bad = parse(row)
+        assert isinstance(bad, BadRow)
+        return bad.message
+
+    assert told({"text": "hello", "id": 5}) == "the row has neither prompt nor messages, only 'text', 'id'"
+    assert told({"Prompt": "hello"}) == "the row has neither prompt nor messages, only 'Prompt'"
+    assert told({"custom_id": "a"}) == "the row has neither prompt nor messages, no keys at all"
+    assert told({"prompt": None, "seed": 1}) == "the row has neither prompt nor messages, only 'seed'"
+    asked = json.loads(batch("a", "/v1/completions", {"input": "x"}))
+    assert told(asked) == "the row has no prompt, only 'input'"
+    assert told(dict.fromkeys(map(str, range(20)), 1)).endswith("'6', '7' and 12 more")
+
+
+def test_a_text_that_brings_its_own_beginning_is_told() -> None:
+    """The row's answer stays what it is."""
+    parser = make_parser()
+    rows = [
+        *({"prompt": "hello"}, {"prompt": "<bos>hello"}, {"prompt": "<bos>hello", "add_special_tokens": False}),
+        *({"prompt": [0, 0, 7]}, {"messages": [{"role": "user", "content": "<bos><bos>"}]}, {"prompt": "<bos>x"}),
+    ]
+    jobs = [parser.parse(json.dumps(row).encode(), place) for place, row in enumerate(rows)]
+    assert isinstance(jobs[1], Job) and jobs[1].prompts[0][:2] == [0, 0]
+    assert parser.begun_twice == 2
+    parser.parse(b'{"prompt": ["<bos>a", "b", "<bos>c"]}', 6)
+    assert parser.begun_twice == 4

@@ -135,3 +135,26 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, whole: bytes, torn: bytes) 
         file.mend()
         file.append(b"d\n")
     assert (tmp_path / "file").read_bytes() == whole + b"d\n"
+
+
+def test_a_file_under_a_new_number_is_not_copied_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems make up a file's number at every look; one that was replaced differs in size or time, too."""
+    file = OpenFile(tmp_path / "part", lock=True)
+    file.append(b"answers\n")
+    before = os.stat(file.path).st_ino
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    for _ in range(3):
+        file.restore()
+    assert os.stat(file.path).st_ino == before == os.fstat(file.fd).st_ino
+    (tmp_path / "part").unlink()
+    (tmp_path / "part").write_bytes(b"another\n")
+    file.restore()
+    assert (tmp_path / "part").read_bytes() == b"answers\n"
+    file.close()
+
+
+def test_a_lock_under_a_new_number_is_removed_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = acquire_lock(tmp_path / "parts" / "lock", 0)
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    release_lock(lock)
+    assert not (tmp_path / "parts").exists()
