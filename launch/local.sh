@@ -33,9 +33,25 @@ for arg in "--prog=$prog" "$@"; do  # what only prints needs no ranks
   esac
 done
 
+others() {  # threads of others that want a core just now: the fewest of three looks
+  local running fewest=100000
+  for _ in 1 2 3; do
+    IFS=' /' read -r _ _ _ running _ 2>/dev/null </proc/loadavg || running=1  # among them the one that looks
+    fewest=$((running - 1 < fewest ? running - 1 : fewest))
+    sleep 0.1
+  done
+  echo "$fewest"
+}
+
 processes=$("$python" "$root/launch/size.py" "$@") || exit 2
+cores=$(nproc --all 2>/dev/null || getconf _NPROCESSORS_ONLN)
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
-  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-  export OMP_NUM_THREADS=$((cores > processes ? cores / processes : 1))
+  mine=$(nproc 2>/dev/null || echo "$cores")
+  export OMP_NUM_THREADS=$((mine > processes ? mine / processes : 1))
+fi
+# Threads that spin while they wait for each other take the very cores that others hold: there they sleep instead.
+if [ -z "${OMP_WAIT_POLICY:-}${GOMP_SPINCOUNT:-}" ] && [ "$OMP_NUM_THREADS" != 1 ] &&
+  (($(others) + processes * ${OMP_NUM_THREADS%%,*} > cores)); then
+  export OMP_WAIT_POLICY=passive
 fi
 exec "$python" "$root/launch/torchrun.py" --standalone --nproc-per-node "$processes" -m "spmd.$prog" "$@"

@@ -14,7 +14,8 @@ def venv(tmp_path: Path) -> Path:
     python.write_text(
         f"""#!/bin/sh
 case $1 in
-  -m | */launch/torchrun.py) printf '%s\\n' "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS" ;;
+  -m | */launch/torchrun.py)
+    printf '%s\\n' "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS" "OMP_WAIT_POLICY=$OMP_WAIT_POLICY" ;;
   *) exec {sys.executable} "$@" ;;
 esac
 """

@@ -67,6 +67,23 @@ def test_threads_are_shared_out_unless_set(venv: Path) -> None:
     assert "OMP_NUM_THREADS=7" in launch("topology=pp2", python=python, OMP_NUM_THREADS="7").stdout.splitlines()
 
 
+def test_threads_do_not_spin_where_others_use_the_cores(venv: Path) -> None:
+    """Nor is a single thread of a rank told how to wait, for it waits for nobody; what the user has set stays."""
+    python, cores = venv / "bin" / "python", os.cpu_count() or 1
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores + 1)]
+    try:
+        shared = launch(python=python, OMP_NUM_THREADS="2").stdout.splitlines()
+        alone = launch(python=python, OMP_NUM_THREADS="1").stdout.splitlines()
+        asked = launch(python=python, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="active").stdout.splitlines()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert "OMP_WAIT_POLICY=passive" in shared
+    assert "OMP_WAIT_POLICY=" in alone
+    assert "OMP_WAIT_POLICY=active" in asked
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
