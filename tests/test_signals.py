@@ -32,7 +32,7 @@ def start(folder: Path, *args: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_loop_is_asked_first_and_ended_the_second_time(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path, "loop", "computing")
     assert process.stdout is not None
@@ -71,3 +71,15 @@ def test_handlers_are_left_as_they_were() -> None:
 def test_codes_name_signal_and_rank_and_fit_into_a_load() -> None:
     assert name(code(1023, signal.SIGUSR1)) == "SIGUSR1 on rank 1023"
     assert code(0, signal.SIGINT) > 0 and code(2**20, signal.SIGTERM) < 2**31
+
+
+def test_a_terminal_that_goes_away_stops_nothing_under_nohup() -> None:
+    """nohup has SIGHUP ignored, which a handler of ours would undo."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening(0):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_IGN, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
