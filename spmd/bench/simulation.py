@@ -6,15 +6,14 @@ Protocols: `Stage`, `Results`, and the `Exchange` of loads.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Self
 
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import Listed, Source
 from spmd.engine import Engine, Replicas
 from spmd.parallel.packet import Packet
-from spmd.parallel.replicas import Alone, Exchanging
+from spmd.parallel.replicas import Exchanging
 from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import Sampled
 from spmd.schedule.balance import Load, Rules
@@ -86,29 +85,14 @@ class MadeUp:
 
 
 class Replica:
-    """One engine. `source` and `replicas`: which rows it gets, and with whom it shares them; `add` gives it others."""
+    """One engine. `source` and `replicas`: which rows it gets, and with whom it shares them."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        source: Source | None = None,
-        replicas: Replicas | None = None,
-        token: Token = always_one,
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, source: Source, replicas: Replicas, token: Token = always_one) -> None:
         self.scheduler = scheduler
         self.results = MadeUp(token)
-        rows, others = source or Listed([]), replicas or Alone(Rules(scheduler.limits.max_num_seqs))
-        self.engine = Engine(scheduler, NoModel(), rows, others, self.results, Undigested())
+        self.engine = Engine(scheduler, NoModel(), source, replicas, self.results, Undigested())
         self.ticks = 0
         self.busy = 0  # ticks until the last plan that wasn't empty
-
-    def add(self, requests: Iterable[Request]) -> Self:
-        """Requests come in, past the source."""
-        pool = self.scheduler.pool
-        for request in requests:
-            assert request.full_length <= (pool.num_blocks - 1) * pool.block_size
-            self.scheduler.add(request)
-        return self
 
     def tick(self) -> Plan:
         """What the engine plans next."""
@@ -118,16 +102,6 @@ class Replica:
         if plan.requests:
             self.busy = self.ticks
         return plan
-
-    def run(self, most: int = 5000) -> list[Request]:
-        """Tick until all is done; returns the requests as they finished."""
-        for _ in range(most):
-            self.tick()
-            if self.engine.replicas.over:
-                break
-        assert self.engine.replicas.over, f"not done after {most} ticks: requests starve"
-        self.engine.drain()
-        return self.results.finished
 
 
 class Board:
@@ -171,25 +145,19 @@ class BoardExchange:
 class Fleet:
     """All replicas of a run. `balances[i].frozen_ticks` and the like are the results."""
 
-    def __init__(
-        self,
-        rules: Rules,
-        make_jobs: Callable[[], list[Job]],
-        limits: Limits | None = None,
-        source: Callable[[list[Job]], Source] = Listed,
-    ) -> None:
-        """`make_jobs` gives each replica the list of all rows, in objects of its own; `source` reads it."""
+    def __init__(self, rules: Rules, make_jobs: Callable[[], list[Job]], limits: Limits | None = None) -> None:
+        """`make_jobs` gives each replica the list of all rows, in objects of its own."""
         seats = rules.max_num_seqs
         self.board = Board(rules)
         self.limits = limits or Limits(seats, 2048, decode_rows=seats, slots=1, by_priority=rules.by_priority)
         each = [replace(rules, dp_rank=rank) for rank in range(rules.dp)]
         self.balances = [Exchanging(rules, BoardExchange(self.board, rules.dp_rank)) for rules in each]
-        self.replicas = [self._replica(balance, make_jobs(), source) for balance in self.balances]
+        self.replicas = [self._replica(balance, make_jobs()) for balance in self.balances]
 
-    def _replica(self, balance: Exchanging, jobs: list[Job], source: Callable[[list[Job]], Source]) -> Replica:
+    def _replica(self, balance: Exchanging, jobs: list[Job]) -> Replica:
         longest = max((job.requests[0].full_length for job in jobs), default=0)
         pool = BlockPool(self.board.rules.max_num_seqs * (longest // BLOCK_SIZE + 1) + 1, BLOCK_SIZE, False)
-        return Replica(Scheduler(self.limits, pool), source(jobs), balance)
+        return Replica(Scheduler(self.limits, pool), Listed(jobs), balance)
 
     def run(self, rng: random.Random | None = None, most: int = 10**6) -> "Fleet":
         """Tick until all is done, in turn, or with `rng` in any order that the exchange allows."""

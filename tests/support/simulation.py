@@ -1,11 +1,13 @@
 """A replica without a model, as the benchmarks simulate it, with invariants checked after every tick."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
-from spmd.api.source import Source
+from spmd.api.source import Listed, Source
 from spmd.bench.simulation import Replica, is_last
 from spmd.engine import Engine, Replicas
+from spmd.parallel.replicas import Alone
+from spmd.schedule.balance import Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
@@ -63,10 +65,11 @@ def check(engine: Engine, plan: Plan) -> None:
 
 
 class Simulation(Replica):
-    """A replica whose every plan is checked and kept."""
+    """A replica whose every plan is checked and kept. `add` gives it requests besides those of its source."""
 
     def __init__(self, scheduler: Scheduler, source: Source | None = None, replicas: Replicas | None = None) -> None:
-        super().__init__(scheduler, source, replicas, next_token)
+        alone = Alone(Rules(scheduler.limits.max_num_seqs))
+        super().__init__(scheduler, source or Listed([]), replicas or alone, next_token)
         self.ring = self.engine.ring
         self.finished = self.results.finished
         self.plans: list[Plan] = []
@@ -76,6 +79,13 @@ class Simulation(Replica):
     def ghosts(self) -> int:
         return self.results.ghosts
 
+    def add(self, requests: Iterable[Request]) -> Self:
+        pool = self.scheduler.pool
+        for request in requests:
+            assert request.full_length <= (pool.num_blocks - 1) * pool.block_size
+            self.scheduler.add(request)
+        return self
+
     def tick(self) -> Plan:
         plan = super().tick()
         self.plans.append(plan)
@@ -84,7 +94,13 @@ class Simulation(Replica):
         return plan
 
     def run(self, most: int = 5000) -> list[Request]:
-        super().run(most)
+        """Tick until all is done; returns the requests as they finished."""
+        for _ in range(most):
+            self.tick()
+            if self.engine.replicas.over:
+                break
+        assert self.engine.replicas.over, f"not done after {most} ticks: requests starve"
+        self.engine.drain()
         self.scheduler.check(self.ring)
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks - 1
         return self.finished
