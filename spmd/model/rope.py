@@ -133,7 +133,7 @@ def _number(key: str, told: Any) -> int | float:
 class Rotary:
     """Rotates queries and keys by their positions."""
 
-    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
         self.frequencies = inverse_frequencies(config, head_dim).to(device)
         self.scale = attention_scale(config)
 
