@@ -293,21 +293,19 @@ def test_sampled_answers_do_not_depend_on_the_topology(here: Path, ranks: Ranks)
     ]
 
 
-def test_an_error_of_the_loop_that_is_no_mistake_of_the_user_is_a_crash(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_of_the_loop_that_is_no_mistake_of_the_user_is_a_crash(here: Path) -> None:
     """A ValueError of a library: exit status 1 with its traceback, so that SLURM queues the job again."""
-
-    def fails(self: PartWriter, *args: Any) -> None:
-        raise ValueError("Out of range float values are not JSON compliant")
-
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(PartWriter, "write", fails)
-    assert run_here(*DEMO, *GREEDY, "input=in.jsonl", "output=out.jsonl", "run_dir=run") == 1
-    said = capfd.readouterr().err
-    assert "Traceback" in said and "ValueError: Out of range float values" in said
-    assert not ERROR.search(said)
+    (here / "failing.py").write_text(
+        "from spmd.generate import cli\nfrom spmd.leader import Leader\n"
+        "def failing(self, *args): raise ValueError('Out of range float values are not JSON compliant')\n"
+        "Leader.finish = failing\ncli()\n"
+    )
+    command = torchrun(1, *DEMO, *GREEDY, "input=in.jsonl", "output=out.jsonl", "run_dir=run")
+    place = command.index("-m", 3)
+    done = run([*command[:place], "failing.py", *command[place + 2 :]], here)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ValueError: Out of range float values" in done.stderr
+    assert not ERROR.search(done.stderr)
 
 
 # -- runs over the same files -----------------------------------------------------------------------------------------
