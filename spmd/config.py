@@ -177,7 +177,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """A synthetic workload for `spmd.bench`: random token ids, uniform lengths from inclusive ranges."""
+    """A synthetic workload for `spmd.bench`: greedy rows, uniform lengths from inclusive ranges."""
 
     name: str = key("cpu", "What the figures call it.")
     num_prompts: int = key(64, "Rows.", least=1)
@@ -187,6 +187,11 @@ class WorkloadConfig:
         0.0, "Above 0, outputs are lognormal with this sigma and the range's geometric mean as median.", least=0
     )
     seed: int = key(0, "Of lengths and tokens.")
+    text: bool = key(
+        False,
+        "Chat rows of made-up English, from a file in `run_dir` to another one, as `spmd.generate` answers them. "
+        "It takes a model with a tokenizer and a chat template. false: random token ids, from memory.",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,9 @@ torchrun --standalone --nproc-per-node 2 -m spmd.generate topology=pp2 model.pat
 """
 
 from time import monotonic, perf_counter
-from typing import Any
 
 from spmd.api.prompts import BEGUN_TWICE
 from spmd.api.reader import Reader
-from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
 from spmd.engine import Engine, Watch, all_of
 from spmd.guard.ending import after_start_up
@@ -21,11 +19,10 @@ from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
 from spmd.report.progress import Progress, estimate_rows
 from spmd.report.summary import table, write_json
-from spmd.run_files import RunFiles, Snapshot, check_paths, first_error
-from spmd.runtime.agreement import agree, from_each, from_rank_0, on_each_host, together
+from spmd.run_files import RunFiles, check_paths, first_error
+from spmd.runtime.agreement import agree, from_rank_0, together
 from spmd.runtime.main import main
 from spmd.runtime.run_dir import warn
-from spmd.settings import Settings
 from spmd.signals import Stop, name
 from spmd.topology import Topology
 from spmd.worker import Worker, settle, start
@@ -53,10 +50,9 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, out
                 _finish(files, reader, files.write_errors(snapshot, left), len(left))
             return
         agree(together(topology, lambda: files.facts(snapshot)))
-        tokenizer = together(topology, lambda: _tokenizer(settings, topology, outlet))  # before weights
+        rows, tokenizer = files.load(snapshot, feeder, outlet)  # before weights
         worker = start(settings, topology, stop)
-        rows = _rows(worker, files, snapshot, feeder)
-        together(topology, lambda: files.open_part(snapshot, outlet))
+        files.start(snapshot, worker.settings.capacity, feeder, outlet)
         worker.phases.end("tokenizer")
         leader = Leader(tokenizer, Metrics(), outlet) if topology.is_leader else None
         metrics = _answer(worker, rows, leader, files)
@@ -118,26 +114,6 @@ def _finish(
     answered = files.journal.answered or (metrics and metrics.rows_ok)
     if not answered and (rows := done + reader.done.num_set):
         raise Mistake(f"none of the {rows:,} rows could be answered; {first_error(files.output)}")
-
-
-def _rows(worker: Worker, files: RunFiles, snapshot: Snapshot, feeder: Feeder) -> PreparedRows:
-    """The rows that this host's first rank has the feeder make for all of its ranks."""
-    topology = worker.topology
-    firsts = on_each_host(topology)
-    first, ranks = firsts[topology.rank], [rank for rank, its in enumerate(firsts) if its == firsts[topology.rank]]
-    path = feeder.start(files.intake(snapshot, worker.settings), len(ranks)) if topology.rank == first else None
-    place = from_each(topology, path)[first]
-    assert place is not None
-    return PreparedRows(place, ranks.index(topology.rank), len(ranks), files.reader(snapshot))
-
-
-def _tokenizer(settings: Settings, topology: Topology, outlet: Outlet) -> Any:
-    """On a leader, for stop strings; its outlet loads another one meanwhile, for texts."""
-    m = settings.model
-    if not topology.is_leader:
-        return None
-    outlet.load(m.tokenizer, m.revision)
-    return load_tokenizer(m.tokenizer, m.revision)
 
 
 def _show(progress: Progress, reader: PreparedRows) -> Watch:

@@ -11,6 +11,7 @@ from typing import Any
 from spmd.api.answers import error_line
 from spmd.api.reader import Reader, check_input, input_digest
 from spmd.api.rows import BadRow
+from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
 from spmd.journal.fingerprint import fingerprint, first_form
 from spmd.journal.identity import told_earlier
@@ -20,8 +21,10 @@ from spmd.journal.paths import Paths, shard_output
 from spmd.journal.writer import PartWriter
 from spmd.messages import Mistake
 from spmd.model.checkpoint import resolve, weight_files
-from spmd.processes.feeder import Intake
+from spmd.processes.feeder import Feeder, Intake
 from spmd.processes.outlet import Outlet
+from spmd.processes.source import PreparedRows
+from spmd.runtime.agreement import from_each, on_each_host, together
 from spmd.settings import Settings
 from spmd.topology import Topology
 
@@ -107,9 +110,45 @@ class RunFiles:
         """The input from its first row on, to go through it without having rows."""
         return Reader(self.input, None, KeyTable(snapshot.done), _salt(snapshot), snapshot.size, self.settings.shard)
 
-    def intake(self, snapshot: Snapshot, settings: Settings) -> Intake:
-        """What a feeder is to read. The settings know how many KV blocks there are."""
-        m, shard = settings.model, settings.shard
+    def load(self, snapshot: Snapshot, feeder: Feeder, outlet: Outlet) -> tuple[PreparedRows, Any]:
+        """The rows, as soon as `start` is called, and a leader's tokenizer for stop strings.
+
+        Those of the processes beside this one load meanwhile, and go on with that while the ranks load weights. The
+        first rank of each host has its `feeder` make the rows for all ranks there, a leader's `outlet` the answers.
+        """
+        rows = self._rows(snapshot, feeder)
+        return rows, together(self.topology, lambda: self._load_tokenizer(outlet))
+
+    def start(self, snapshot: Snapshot, capacity: int, feeder: Feeder, outlet: Outlet) -> None:
+        """Have rows made, and on a leader its part. The KV cache can hold `capacity` tokens of a request."""
+        together(self.topology, lambda: self._start(snapshot, capacity, feeder, outlet))
+
+    def _load_tokenizer(self, outlet: Outlet) -> Any:
+        m = self.settings.model
+        if not self.topology.is_leader:
+            return None
+        outlet.load(m.tokenizer, m.revision)
+        return load_tokenizer(m.tokenizer, m.revision)
+
+    def _rows(self, snapshot: Snapshot, feeder: Feeder) -> PreparedRows:
+        rank, firsts = self.topology.rank, on_each_host(self.topology)
+        ranks = [each for each, first in enumerate(firsts) if first == firsts[rank]]
+        path = together(
+            self.topology, lambda: feeder.load(self._intake(snapshot), len(ranks)) if rank == ranks[0] else None
+        )
+        place = from_each(self.topology, path)[ranks[0]]
+        assert place is not None
+        return PreparedRows(place, ranks.index(rank), len(ranks), self.reader(snapshot))
+
+    def _start(self, snapshot: Snapshot, capacity: int, feeder: Feeder, outlet: Outlet) -> None:
+        if feeder.loaded:
+            feeder.start(capacity)
+        if self.topology.is_leader:
+            outlet.open(self.output, self.topology.dp_rank, snapshot.header, self.settings.model.path)
+
+    def _intake(self, snapshot: Snapshot) -> Intake:
+        """What a feeder is to read."""
+        settings, m, shard = self.settings, self.settings.model, self.settings.shard
         return Intake(
             input=self.input,
             done=snapshot.done,
@@ -122,7 +161,6 @@ class RunFiles:
             now=snapshot.now,
             sampling=settings.sampling,
             max_model_len=m.max_model_len,
-            capacity=settings.capacity,
             vocab_size=settings.arch.vocab_size,
             builders=settings.input_workers or _builders(),
         )
@@ -149,11 +187,6 @@ class RunFiles:
                 part.write(row.index, error_line(row), row.key, True)
             part.close()
         return 1
-
-    def open_part(self, snapshot: Snapshot, outlet: Outlet) -> None:
-        """On a leader, have its part made."""
-        if self.topology.is_leader:
-            outlet.open(self.output, self.topology.dp_rank, snapshot.header, self.settings.model.path)
 
     def __enter__(self) -> "RunFiles":
         return self

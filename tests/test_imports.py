@@ -16,9 +16,9 @@ import spmd
 ROOT = Path(spmd.__file__).parent
 FLOORS = (
     ("bench", "generate", "preflight"),
-    ("worker",),
+    ("worker", "run_files"),
     ("engine",),
-    ("leader", "run_files", "runtime"),
+    ("leader", "runtime"),
     ("stage",),
     ("settings", "processes"),
     ("backend", "api"),

@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -38,6 +38,8 @@ BLOCK_ROWS = 64  # to answer
 BLOCK_BYTES = 2**18  # of lines to answer
 BLOCK_MET = 4096  # rows that were done before
 
+A_ROW = b'{"messages": [{"role": "user", "content": "1 + 2 = ?"}]}'
+
 
 @dataclass(frozen=True)
 class Intake:
@@ -54,7 +56,6 @@ class Intake:
     now: datetime  # for templates that write the date
     sampling: SamplingConfig
     max_model_len: int
-    capacity: int
     vocab_size: int
     builders: int  # processes
 
@@ -62,14 +63,20 @@ class Intake:
         return Reader(self.input, None, KeyTable(self.done), self.identity, self.size, self.shard)
 
     def parser(self) -> RowParser:
-        return RowParser(
+        """One that has built a row: what is done once, templates compiled say, is done, for forked processes too.
+
+        It takes a request for as long as the model; what the KV cache can hold isn't known yet.
+        """
+        parser = RowParser(
             load_tokenizer(self.tokenizer, self.revision, self.now),
             load_generation_config(self.model, self.revision),
             self.sampling,
             self.max_model_len,
-            self.capacity,
+            self.max_model_len,
             self.vocab_size,
         )
+        parser.parse(A_ROW, 0)
+        return parser
 
 
 class Line(NamedTuple):
@@ -100,7 +107,13 @@ class Block:
 
 
 class Feeder:
-    """A process that waits to be asked for rows, forked from this one. Make it before there are threads or a GPU."""
+    """A process that makes rows, forked from this one. Make it before there are threads or a GPU.
+
+    `load`, then `start`: all that takes time is done between them, while the ranks load weights.
+
+    Raises:
+        RuntimeError: from any call, the process is gone.
+    """
 
     def __init__(self) -> None:
         self._ours, theirs = Pipe()
@@ -108,19 +121,23 @@ class Feeder:
         self._pid = fork(lambda: _serve(theirs), theirs.fileno())
         theirs.close()
 
-    def start(self, intake: Intake, ranks: int) -> Path:
-        """Begin to feed so many ranks of this node through a folder, which it returns.
-
-        Raises:
-            RuntimeError: the process is gone.
-        """
-        try:
+    def load(self, intake: Intake, ranks: int) -> Path:
+        """Get ready to feed so many ranks of this node through a folder, which it returns at once."""
+        with _present():
             self._ours.send((intake, ranks))
             self._path = self._ours.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError("the process that reads the rows is gone; was it killed for memory?") from error
         assert self._path is not None
         return self._path
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it was asked for rows."""
+        return self._path is not None
+
+    def start(self, capacity: int) -> None:
+        """Begin. The KV cache can hold so many tokens of a request."""
+        with _present():
+            self._ours.send(capacity)
 
     def close(self) -> None:
         """End it, and remove its folder."""
@@ -135,6 +152,14 @@ class Feeder:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@contextmanager
+def _present() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise RuntimeError("the process that reads the rows is gone; was it killed for memory?") from error
 
 
 def blocks(reader: Reader) -> Iterator[Block]:
@@ -176,41 +201,61 @@ def _serve(rank: Connection) -> None:
         intake, ranks = rank.recv()
         path = Folder.make(ranks)
         rank.send(path)
-        folder = Folder(path, ranks)
         try:
-            _feed(intake, folder, rank)
-        except Exception as error:
-            folder.fail(f"{type(error).__name__}: {first_line(error)}")
-            rank.poll(None)
-        shutil.rmtree(path, ignore_errors=True)
+            _feed(intake, Folder(path, ranks), rank)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
     except (EOFError, OSError):
         pass  # the rank has ended
 
 
 def _feed(intake: Intake, folder: Folder, rank: Connection) -> None:
-    """Publish all rows; returns once the rank has ended, before or after."""
+    """Publish all rows, once the rank says so, or why there are none; returns when the rank has ended.
+
+    Raises:
+        EOFError: likewise.
+    """
+    try:
+        _publish(intake, folder, rank)
+    except EOFError:
+        raise
+    except Exception as error:
+        folder.fail(f"{type(error).__name__}: {first_line(error)}")
+    while True:
+        rank.recv()
+
+
+def _publish(intake: Intake, folder: Folder, rank: Connection) -> None:
+    """Publish all rows, once the rank says so.
+
+    Raises:
+        EOFError: the rank has ended.
+    """
     parser, builders, first = intake.parser(), list[Connection](), 0
     for _ in range(intake.builders):
         ours, theirs = Pipe()
         fork(partial(_build_blocks, parser, folder, theirs), theirs.fileno())
         theirs.close()
         builders.append(ours)
+    capacity = rank.recv()
+    for builder in builders:
+        builder.send(capacity)
     for number, block in enumerate(blocks(intake.reader())):
         while number >= min(folder.taken) + AHEAD:
             if rank.poll():
-                return
+                rank.recv()  # nothing is said any more: this is its end
             sleep(NAP)
         first = folder.remove_taken(first)
         try:
             builders[number % len(builders)].send((number, block))
         except OSError as error:
             raise RuntimeError("one of its processes is gone; was it killed for memory?") from error
-    rank.poll(None)  # there is nothing to be read from it: this is its end
 
 
 def _build_blocks(parser: RowParser, folder: Folder, feeder: Connection) -> None:
     """All that a builder does."""
     try:
+        parser.capacity = feeder.recv()
         while True:
             number, block = feeder.recv()
             folder.publish(number, build(block, parser))

@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 
 from spmd.bench.__main__ import bench as measure
+from spmd.config import Config
 from spmd.engine import Engine
+from spmd.processes.feeder import Feeder
+from spmd.processes.outlet import Outlet
+from spmd.signals import Stop
+from spmd.topology import Topology
 from tests.support.jobs import ROOT, run, run_here
+from tests.support.tiny_tokenizer import make_tokenizer
 
 SMALL = ("model=tiny", "workload.num_prompts=6", "workload.input_len=[5,9]", "workload.output_len=[3,6]", "device=cpu")
 ROOM = ("scheduler.max_num_seqs=4", "scheduler.num_blocks=64")
@@ -23,6 +29,12 @@ def bench(folder: Path, ranks: int, *overrides: str) -> list[str]:
     done = run([*torchrun, "-m", "spmd.bench", f"run_dir={folder / 'run'}", *SMALL, *ROOM, *overrides], folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def bench_here(config: Config, topology: Topology, stop: Stop) -> None:
+    """One rank of a benchmark in this process."""
+    with Feeder() as feeder, Outlet() as outlet:
+        measure(config, topology, stop, feeder, outlet)
 
 
 def test_figures_with_a_floor(tmp_path: Path) -> None:
@@ -42,7 +54,7 @@ def test_figures_with_a_floor(tmp_path: Path) -> None:
 
 def test_a_cpu_has_no_floor_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = f"model.path={ROOT}/conf/shapes/tiny"
-    assert run_here(f"run_dir={tmp_path / 'run'}", *SMALL, model, *ROOM, work=measure) == 0
+    assert run_here(f"run_dir={tmp_path / 'run'}", *SMALL, model, *ROOM, work=bench_here) == 0
     figures = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert figures["floor_percent"] is figures["floor_output_throughput"] is None
     assert figures["achieved_bandwidth"] > 0
@@ -55,6 +67,21 @@ def test_replicas_share_the_rows(tmp_path: Path) -> None:
     assert figures["completed"] == 6 and figures["dp"] == 2
     assert figures["exchanges"] > 0 and 0 <= figures["idle_tail_percent"] < 100
     assert "replicas" in {line.split()[0] for line in told[:-1] if line}
+
+
+def test_text_goes_from_file_to_file(tmp_path: Path) -> None:
+    text = ("workload=chat_short", "workload.num_prompts=20", "workload.input_len=[50,90]", "workload.output_len=[3,6]")
+    make_tokenizer(tmp_path)
+    model = (f"model.path={ROOT}/conf/shapes/tiny", f"model.tokenizer={tmp_path}")
+    told = bench(tmp_path, 2, "topology=dp2", *text, *model)
+    figures = json.loads(told[-1])
+    folder = tmp_path / "run" / "text"
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == figures["completed"] == 20 and figures["failed"] == 0
+    assert figures["total_output_tokens"] == sum(row["body"]["max_tokens"] for row in rows)
+    assert 20 * 50 <= figures["total_input_tokens"] <= 20 * 90
+    parts = [line for part in Path(folder).rglob("part-*.jsonl") for line in part.read_text().splitlines()[1:]]
+    assert len(parts) == 20 and all('"chat.completion"' in part for part in parts)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, tick: int) -> None:
@@ -78,7 +105,7 @@ def test_a_bench_that_is_stopped_tells_no_floor(
 ) -> None:
     """The floor is of the whole workload: stopped early, a run would seem to be faster than it."""
     stop_at(monkeypatch, 20)  # the warm-up takes fewer ticks
-    assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *LONG, work=measure) == 75
+    assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *LONG, work=bench_here) == 75
     told = capfd.readouterr().out.splitlines()
     figures = json.loads(told[-1])
     assert figures["completed"] < 64
@@ -92,5 +119,5 @@ def test_a_bench_that_is_stopped_while_it_warms_up_has_no_figures(
 ) -> None:
     stop_at(monkeypatch, 1)
     warm_up_lasts = ("workload.input_len=[200,200]", "scheduler.max_num_batched_tokens=16")
-    assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *warm_up_lasts, work=measure) == 75
+    assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *warm_up_lasts, work=bench_here) == 75
     assert capfd.readouterr().out == "stopped by SIGTERM on rank 0 while warming up: no figures\n"

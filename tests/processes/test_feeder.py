@@ -51,16 +51,22 @@ def intake(model: str, path: Path, builders: int = 2, done: bytes = b"", shard: 
         now=datetime(2026, 1, 1),
         sampling=SamplingConfig(),
         max_model_len=MAX_MODEL_LEN,
-        capacity=1000,
         vocab_size=269,
         builders=builders,
     )
 
 
+def begun(feeder: Feeder, of: Intake, ranks: int = 1) -> Path:
+    """Its folder."""
+    path = feeder.load(of, ranks)
+    feeder.start(1000)
+    return path
+
+
 @contextmanager
 def fed(of: Intake, ranks: int = 1) -> Iterator[tuple[Feeder, list[PreparedRows]]]:
     with Feeder() as feeder:
-        path = feeder.start(of, ranks)
+        path = begun(feeder, of, ranks)
         yield feeder, [PreparedRows(path, rank, ranks, of.reader()) for rank in range(ranks)]
 
 
@@ -166,9 +172,9 @@ def test_a_feeder_that_is_killed_is_told(
         if whole:
             os.kill(feeder._pid, signal.SIGKILL)
             with pytest.raises(RuntimeError, match="was it killed for memory"):
-                feeder.start(of, 1)
+                feeder.load(of, 1)
             return
-        rows = PreparedRows(feeder.start(of, 1), 0, 1, of.reader())
+        rows = PreparedRows(begun(feeder, of), 0, 1, of.reader())
         assert rows.next_row(True) is not None
         os.kill(feeder._pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="was it killed for memory"):
@@ -179,16 +185,29 @@ def test_what_a_builder_cannot_do_is_told(model: str, broken: Path, monkeypatch:
     monkeypatch.setattr(folder, "PATIENCE", 0.05)
     of = intake(model + "/nowhere", broken)
     with Feeder() as feeder:
-        rows = PreparedRows(feeder.start(of, 1), 0, 1, of.reader())
+        rows = PreparedRows(begun(feeder, of), 0, 1, of.reader())
         with pytest.raises(RuntimeError, match="no tokenizer could be loaded"):
             rows.next_row(True)
+
+
+def test_a_row_that_is_too_long_for_the_cache_is_bad(model: str, tmp_path: Path) -> None:
+    """What that can hold is known only after all else was loaded."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": [5, 5, 5]}\n{"prompt": [5, 5]}\n')
+    of = intake(model, tmp_path / "in.jsonl")
+    with Feeder() as feeder:
+        path = feeder.load(of, 1)
+        time.sleep(0.2)
+        assert not list(path.glob("[0-9]*"))
+        feeder.start(3)
+        bad, good = rest(PreparedRows(path, 0, 1, of.reader()))
+    assert isinstance(bad, BadRow) and "3" in bad.message and isinstance(good, Job)
 
 
 def test_its_processes_end_with_the_rank_and_leave_nothing(model: str, broken: Path) -> None:
     pid = os.fork()
     if not pid:
         feeder = Feeder()
-        path = feeder.start(intake(model, broken), 1)
+        path = begun(feeder, intake(model, broken))
         Path(broken.parent / "path").write_text(f"{feeder._pid} {path}")
         os._exit(0)  # as when it is killed
     os.waitpid(pid, 0)
