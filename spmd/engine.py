@@ -11,11 +11,13 @@ replicas and of the results. Each is a Protocol, so a simulation can stand in fo
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
+from time import perf_counter
 from typing import Protocol
 
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import NotYet, Skipped, Source, num_requests
 from spmd.parallel.packet import Packet
+from spmd.report.histogram import Histogram
 from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import Sampled
 from spmd.schedule.balance import EXHAUSTED, Load
@@ -92,6 +94,10 @@ class Replicas(Protocol):
 class Results(Protocol):
     """What one rank does with what was sampled. `send` and `receive` are called once for each plan, in their order."""
 
+    @property
+    def waited(self) -> float:
+        """Seconds so far for samples and packets."""
+
     def open(self, row: Job | BadRow) -> None:
         """A row of this replica came in."""
 
@@ -156,6 +162,7 @@ class Engine:
         self.passed = 0  # rows of the source gone through, for any replica
         self.reported = 0  # output tokens, in all loads so far
         self.stopped = 0  # who asked to stop, as the leader passed it on; 0: nobody
+        self.host_times = Histogram()  # of a tick without `Stage.run`, and without waiting for anybody
 
     def run(self) -> None:
         """Tick until every row is answered, or somebody asks to stop; then what is in flight is still committed.
@@ -179,7 +186,7 @@ class Engine:
 
     def tick(self, tick: int) -> None:
         """One turn of the loop. With a tick's number all ranks mean the same one."""
-        scheduler = self.scheduler
+        scheduler, since = self.scheduler, perf_counter() - self._waited()
         if len(self.ring) == self.depth:
             self._commit(self.ring.popleft())
         self.replicas.listen()
@@ -187,8 +194,16 @@ class Engine:
         plan = scheduler.schedule(tick, self.replicas.admits(tick, scheduler.num_running, len(scheduler.waiting)))
         plan.digests = self.digests.plan(plan)
         shared_rows = self.replicas.report(self._load(plan))
-        self.results.send(plan, self.stage.run(plan, shared_rows))
+        planned = perf_counter()
+        sampled = self.stage.run(plan, shared_rows)
+        since += perf_counter() - planned
+        self.results.send(plan, sampled)
         self.ring.append(plan)
+        self.host_times.add(perf_counter() - self._waited() - since)
+
+    def _waited(self) -> float:
+        """Seconds so far for samples, packets, loads and rows that weren't there."""
+        return self.results.waited + self.replicas.exchange_seconds + self.source.waited
 
     def _commit(self, plan: Plan) -> None:
         packet = self.results.receive(plan)

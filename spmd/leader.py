@@ -83,6 +83,7 @@ class Leader:
         self.answers = answers or Unwritten()
         self.rows: dict[int, Open] = {}
         self.choices: dict[Request, Choice] = {}
+        self.waited = 0.0  # seconds for samples
 
     def open(self, row: Job | BadRow) -> None:
         """A row came in: open it, or send on at once why it can't be answered."""
@@ -103,8 +104,10 @@ class Leader:
         A request that ended in an earlier plan is passed over: this one was made before that was known. It has a
         finish reason then, or is none of `choices` any more, since its last token is committed.
         """
+        asked = perf_counter()
         tokens, logprobs = sampled.fetch()
         now, clocks, ended = perf_counter(), [], [False] * len(tokens)
+        self.waited += now - asked
         rows = zip(plan.sampled, tokens, plan.sample_positions, strict=True)
         for place, (request, token, position) in enumerate(rows):
             choice = self.choices.get(request)
@@ -160,6 +163,11 @@ class Judged:
         self.lag = lag
         self.unjudged: deque[tuple[Plan, Sampled | None]] = deque()  # the latest plans
         self.last_finish = 0.0  # on perf_counter's clock; 0: none yet
+        self._waited = 0.0  # for packets
+
+    @property
+    def waited(self) -> float:
+        return self._waited + self.leader.waited
 
     def open(self, row: Job | BadRow) -> None:
         self.leader.open(row)
@@ -172,7 +180,10 @@ class Judged:
     def receive(self, plan: Plan) -> Packet:
         if self.unjudged and self.unjudged[0][0] is plan:
             self._judge()
-        return self.packets.receive()
+        asked = perf_counter()
+        packet = self.packets.receive()
+        self._waited += perf_counter() - asked
+        return packet
 
     def finish(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -198,6 +209,7 @@ class Followed:
 
     def __init__(self, packets: PacketWire) -> None:
         self.packets = packets
+        self.waited = 0.0
 
     def open(self, row: Job | BadRow) -> None: ...
 
@@ -205,7 +217,10 @@ class Followed:
         self.packets.post()
 
     def receive(self, plan: Plan) -> Packet:
-        return self.packets.receive()
+        asked = perf_counter()
+        packet = self.packets.receive()
+        self.waited += perf_counter() - asked
+        return packet
 
     def finish(self, requests: Sequence[Request]) -> None: ...
 

@@ -100,6 +100,7 @@ class Worker:
         """This rank's figures. `started`: on perf_counter's clock; `busy`: seconds of the stage."""
         metrics = engine.results.figures(started, started + seconds)
         metrics.stopped(self.topology.pp_rank, busy, seconds, self.phases.total)
+        metrics.host, metrics.input_wait_seconds = engine.host_times, engine.source.waited
         replicas = engine.replicas
         metrics.mixed_ticks, metrics.exchanges = replicas.mixed_ticks, replicas.exchanges
         metrics.exchange_seconds = replicas.exchange_seconds

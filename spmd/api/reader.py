@@ -69,6 +69,7 @@ class Reader:
         self.size = check_input(path) if size is None else size  # bytes
         self.shard, self.shards = shard or (0, 1)
         self.consumed = 0  # bytes
+        self.waited = 0.0
         self.rows = 0  # so far, of all replicas and shards
         self.prioritized = 0  # of those to answer: rows with a priority
         self._names: set[str] | None = None  # see `names_like_numbers`; None: nobody asked yet

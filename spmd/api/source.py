@@ -34,6 +34,8 @@ def skipped(requests: int) -> Skipped:
 
 
 class Source(Protocol):
+    waited: float  # seconds in which a row wasn't there yet
+
     def next_row(self, own: bool) -> Job | BadRow | Skipped | NotYet | None:
         """Go on to the next row. It is built if it is one's `own`, else skipped for less.
 
@@ -46,6 +48,8 @@ class Source(Protocol):
 
 class Listed:
     """A source of rows that are at hand."""
+
+    waited = 0.0
 
     def __init__(self, rows: Iterable[Job | BadRow]) -> None:
         self._rows = iter(rows)

@@ -51,6 +51,8 @@ class NoModel:
 class MadeUp:
     """Results without samples: tokens are made up when they are committed, from all that were committed before."""
 
+    waited = 0.0
+
     def __init__(self, token: Token) -> None:
         self.token = token
         self.opened: list[int] = []  # rows

@@ -36,6 +36,8 @@ def lengths(workload: WorkloadConfig, vocab_size: int) -> list[tuple[int, int]]:
 class Workload:
     """The greedy, fixed-length rows as a `Source`."""
 
+    waited = 0.0
+
     def __init__(self, workload: WorkloadConfig, vocab_size: int, longest: int) -> None:
         """A request can have `longest` tokens.
 

@@ -23,7 +23,9 @@ COUNTERS = (
     "idle_seconds",
     "frozen_ticks",
 )
-EQUAL_OR_SLOWEST = ("startup_seconds", "wall_seconds", "exchanges", "exchange_seconds", "mixed_ticks")
+EQUAL_OR_SLOWEST = (
+    *("startup_seconds", "wall_seconds", "exchanges", "exchange_seconds", "mixed_ticks", "input_wait_seconds"),
+)
 
 
 @dataclass(slots=True)
@@ -68,6 +70,9 @@ class Metrics:
     exchanges: int = 0  # of loads between replicas; as many on every rank
     exchange_seconds: float = 0.0  # this rank spent in them; once merged, the slowest rank
 
+    host: Histogram = field(default_factory=Histogram)  # a tick's time in Python, see `Engine.host_times`; every rank's
+    input_wait_seconds: float = 0.0  # in which rows weren't there yet; once merged, of the slowest rank
+
     startup_seconds: float = 0.0  # launch to the first tick; once merged, of the slowest rank
     wall_seconds: float = 0.0  # the work phase; once merged, of the slowest rank
     stages: dict[int, StageTime] = field(default_factory=dict)
@@ -105,7 +110,7 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
     """The metrics of all ranks as one: sums, and the slowest rank's durations. `parts` are left as they were."""
     whole = Metrics()
     for part in parts:
-        for name in LATENCIES:
+        for name in (*LATENCIES, "host"):
             getattr(whole, name).merge(getattr(part, name))
         for name in COUNTERS:
             setattr(whole, name, getattr(whole, name) + getattr(part, name))

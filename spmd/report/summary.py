@@ -12,6 +12,7 @@ def as_dict(metrics: Metrics) -> dict[str, Any]:
     """Figures of merged metrics, named as `vllm bench serve` saves them. Rates are per second of the work phase.
 
     `stage_busy_percent` has one number a stage, the mean of its ranks; what is missing to 100 is bubble.
+    A tick's host time is what its Python takes beside `Stage.run`, without waiting for samples, peers or rows.
     `idle_tail_percent` is the share of the run, mean over the replicas, that comes after a replica's last answer.
     """
     m, wall = metrics, metrics.wall_seconds
@@ -33,6 +34,10 @@ def as_dict(metrics: Metrics) -> dict[str, Any]:
         figures[f"median_{name}_ms"] = 1e3 * histogram.percentile(50)
         figures[f"p99_{name}_ms"] = 1e3 * histogram.percentile(99)
     return figures | {
+        "median_host_ms": 1e3 * m.host.percentile(50),
+        "p99.9_host_ms": 1e3 * m.host.percentile(99.9),
+        "max_host_ms": 1e3 * m.host.percentile(100),
+        "input_wait_seconds": m.input_wait_seconds,
         "stage_busy_percent": [100 * _ratio(time.busy, time.wall) for _, time in sorted(m.stages.items())],
         "preemptions": m.preemptions,
         "prefix_cache_hit_tokens": m.cache_hit_tokens,
@@ -74,9 +79,13 @@ def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:
         ("latency (ms)", "mean", "p50", "p99"),
         *(_latency(f, name) for name in LATENCIES),
         ("",),
+        ("host (ms)", "p50", "p99.9", "longest"),
+        ("  tick", *(f"{f[f'{kind}_host_ms']:,.2f}" for kind in ("median", "p99.9", "max"))),
+        ("",),
         ("stage", "busy", "bubble"),
         *((f"  {stage}", f"{busy:.1f} %", f"{100 - busy:.1f} %") for stage, busy in enumerate(f["stage_busy_percent"])),
         ("",),
+        ("row wait", f"{f['input_wait_seconds']:,.2f} s"),
         ("preempted", f"{f['preemptions']:,}"),
         ("cache hits", f"{100 * _ratio(hits, queried):.1f} %", f"{hits:,} of", f"{queried:,} tokens"),
         *(_balance(f, metrics.replicas) if metrics.replicas > 1 else ()),

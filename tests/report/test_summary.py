@@ -17,6 +17,9 @@ def metrics() -> Metrics:
     metrics.finished(Request(0, 0, [1] * 3_000, SamplingParams()), clock, 3.0)
     metrics.stopped(stage=0, busy_seconds=9.0, wall_seconds=10.0, startup_seconds=4.0)
     metrics.stopped(stage=1, busy_seconds=7.5, wall_seconds=10.0, startup_seconds=4.0)
+    metrics.input_wait_seconds = 1.5
+    metrics.host.add(0.00025, 999)
+    metrics.host.add(0.009)
     return metrics
 
 
@@ -56,6 +59,8 @@ def test_table_holds_the_figures_in_aligned_columns(metrics: Metrics) -> None:
         "E2EL": ("3,000.00",),
         "0": ("90.0 %", "10.0 %"),
         "1": ("75.0 %", "25.0 %"),
+        "tick": ("0.25", "9.0"),
+        "row": ("1.50 s",),
         "preempted": ("17",),
         "cache": ("25.0 %", "250 of", "1,000 tokens"),
     }.items():
