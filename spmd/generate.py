@@ -51,9 +51,7 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, out
             return
         agree(together(topology, lambda: files.facts(snapshot)))
         rows, tokenizer = files.load(snapshot, feeder, outlet)  # before weights
-        worker = start(settings, topology, stop)
-        files.start(snapshot, worker.settings.capacity, feeder, outlet)
-        worker.phases.end("tokenizer")
+        worker = start(settings, topology, stop, lambda sized: files.start(snapshot, sized.capacity, feeder, outlet))
         leader = Leader(tokenizer, Metrics(), outlet) if topology.is_leader else None
         metrics = _answer(worker, rows, leader, files)
         if metrics and rows.begun_twice:

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,10 @@ class Worker:
         return metrics
 
 
+def unheard(settings: Settings) -> None:
+    """Nobody waits for the size of the KV cache."""
+
+
 def settle(config: Config) -> Settings:
     """The settings of this rank: reads the model's shape and finds its device.
 
@@ -123,8 +127,11 @@ def settle(config: Config) -> Settings:
     return resolve(config, read_model(config), device)
 
 
-def start(settings: Settings, topology: Topology, stop: Stop) -> Worker:
+def start(settings: Settings, topology: Topology, stop: Stop, sized: Callable[[Settings], None] = unheard) -> Worker:
     """Bring up this rank.
+
+    Args:
+        sized: called on every rank once the size of the KV cache is known, a while before the rank is ready.
 
     Raises:
         ValueError: what the user can mend, on every rank alike.
@@ -146,6 +153,7 @@ def start(settings: Settings, topology: Topology, stop: Stop) -> Worker:
     settings = settings.sized(count_blocks(settings, topology, device))
     log.info("%d KV blocks of %d tokens", settings.scheduler.num_blocks, s.block_size)
     record(settings, run_dir, topology)
+    sized(settings)
     stage = build_stage(settings, decoder, topology, groups, device)
     gc.collect()
     gc.freeze()  # what start-up left is kept anyway: no collection in the loop needs to look at it, for 0.1 s each

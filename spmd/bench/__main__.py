@@ -102,9 +102,9 @@ def _text(worker: Worker, feeder: Feeder, outlet: Outlet) -> Iterator[Run]:
         snapshot = from_rank_0(topology, together(topology, files.open))
         assert snapshot is not None
         rows, tokenizer = files.load(snapshot, feeder, outlet)
+        files.start(snapshot, settings.capacity, feeder, outlet)
 
         def run(watch: Watch) -> Metrics | None:
-            files.start(snapshot, settings.capacity, feeder, outlet)
             leader = Leader(tokenizer, Metrics(), outlet) if topology.is_leader else None
             return worker.run(rows, leader, watch)
 
