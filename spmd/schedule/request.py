@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+NO_TOKEN = -1  # stands where a token would, of a row whose logits are no finite numbers: the row has no answer
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:

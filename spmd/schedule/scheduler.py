@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from spmd.integers import ceil_div, round_up
 from spmd.schedule.blocks import BlockPool, hash_block
 from spmd.schedule.plan import Plan
-from spmd.schedule.request import Request
+from spmd.schedule.request import NO_TOKEN, Request
 
 
 @dataclass
@@ -293,20 +293,22 @@ class Scheduler:
     def commit(self, plan: Plan, tokens: Sequence[int], finished: Sequence[bool]) -> list[Request]:
         """Take back the oldest plan in flight, with one token and one verdict for each of `plan.sampled`.
 
+        A request with NO_TOKEN ends without one.
+
         Returns:
             The requests that finish with it. What is said of one that finished earlier is passed over.
         """
         for request in plan.requests:
             request.in_flight -= 1
-        done, ghosts, size = [], 0, self.pool.block_size
+        done, without, size = [], 0, self.pool.block_size
         matured = not self._ring or plan.tick < self._ring[0].tick
         for request, token, ends in zip(plan.sampled, tokens, finished, strict=True):
-            if request.finished:
-                ghosts += 1
-            else:
-                request.tokens.append(token)
-                if len(request.tokens) % size == 0:
-                    self._register(request)
+            without += request.finished or token == NO_TOKEN
+            if not request.finished:
+                if token != NO_TOKEN:
+                    request.tokens.append(token)
+                    if len(request.tokens) % size == 0:
+                        self._register(request)
                 if not ends:
                     if matured and request.waits_for_token and not request.retired:
                         self.ready.append(request)
@@ -316,7 +318,7 @@ class Scheduler:
                 done.append(request)
             if not request.in_flight:
                 self._unseat(request)
-        self.counters.output_tokens += len(plan.sampled) - ghosts
+        self.counters.output_tokens += len(plan.sampled) - without
         return done
 
     def _unseat(self, request: Request) -> None:

@@ -8,6 +8,7 @@ import pytest
 from spmd.parallel.replicas import Alone
 from spmd.schedule.balance import Rules
 from spmd.schedule.digests import DigestChain
+from spmd.schedule.request import NO_TOKEN
 from tests.support.simulation import Simulation, expected_output, make_request, make_scheduler, run_all
 
 
@@ -265,3 +266,17 @@ def test_without_admission_seated_prompts_and_decodes_go_on(exclusive: bool, pre
     assert simulation.scheduler.waiting == [late] and len(seated.output) > 0
     gated.closed = False
     assert sorted(request.index for request in simulation.run()) == [0, 1]
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_request_without_a_token_ends_and_gives_back_all_it_had(lookahead: int) -> None:
+    scheduler = make_scheduler(4, 1, lookahead=lookahead)
+    request = make_request(0, prompt=9, max_tokens=20)
+    scheduler.add(request)
+    plans = [scheduler.schedule(tick) for tick in range(1 + lookahead)]
+    assert scheduler.commit(plans[0], [NO_TOKEN], [True]) == [request]
+    for ghost in plans[1:]:
+        assert scheduler.commit(ghost, [7] * len(ghost.sampled), [True] * len(ghost.sampled)) == []
+    scheduler.check([])
+    assert (scheduler.num_requests, scheduler.counters.output_tokens) == (0, 0)
+    assert list(request.output) == [] and request.blocks == []
