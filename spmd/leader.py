@@ -74,6 +74,7 @@ class Choice:
     ends: frozenset[int]  # token ids that end it
     logprobs: "array[float]" = field(default_factory=lambda: array("d"))  # as `Sampled.fetch` gives them, in a row
     finish_reason: str | None = None  # None: it goes on
+    once_more_at: int = -1  # the position of the token that it is computed once more for, if it is
     stop_reason: int | str | None = None
 
 
@@ -105,21 +106,21 @@ class Leader:
         A request that ended in an earlier plan is passed over: this one was made before that was known. It has a
         finish reason then, or is none of `choices` any more, since its last token is committed.
 
-        One with NO_TOKEN ends, and its row fails: so do the row's other choices, each where its next token is judged.
+        One with NO_TOKEN is computed once more, alone. If it gets that again, its row fails: it ends, and so do the
+        row's other choices, each where its next token is judged.
         """
         tokens, logprobs = sampled.fetch()
         now, clocks, ended = perf_counter(), [], [False] * len(tokens)
         rows = zip(plan.sampled, tokens, plan.sample_positions, strict=True)
         for place, (request, token, position) in enumerate(rows):
             choice = self.choices.get(request)
-            if choice is None or choice.finish_reason is not None:
+            if choice is None or (choice.finish_reason is not None and position != choice.once_more_at):
                 ended[place] = True
                 continue
-            if token == NO_TOKEN and not choice.row.failure:
-                choice.row.failure = _without_numbers(choice.row.job, request, position)
-            if choice.row.failure:
-                choice.finish_reason, ended[place] = "error", True
+            if token == NO_TOKEN or choice.row.failure:
+                ended[place] = self._fails(request, choice, position)
                 continue
+            choice.finish_reason = None
             clocks.append(choice.clock)
             if logprobs and (chosen := logprobs[place]):
                 choice.logprobs.extend(chosen)
@@ -128,6 +129,15 @@ class Leader:
                 ended[place] = choice.finish_reason is not None
         self.metrics.sampled(clocks, now)
         return tokens, ended
+
+    def _fails(self, request: Request, choice: Choice, position: int) -> bool:
+        """Whether a request ends that got NO_TOKEN, or whose row has failed. What it still has in flight is ghosts."""
+        again = not (request.alone or choice.row.failure)
+        choice.once_more_at = position if again else -1
+        choice.finish_reason = "error"
+        if not again and not choice.row.failure:
+            choice.row.failure = _without_numbers(choice.row.job, request, position)
+        return not again
 
     def finish(self, request: Request) -> None:
         """A request's last token is committed: send it on, and its row once all choices of that are there."""
@@ -240,9 +250,10 @@ def _ends(params: SamplingParams) -> frozenset[int]:
 def _without_numbers(job: Job, request: Request, position: int) -> BadRow:
     """Why a row has no answer that got NO_TOKEN at a position."""
     which = f" of choice {request.choice}" if len(job.requests) > 1 else ""
+    token = position - request.prompt_len + 1
     reason = (
-        f"the model's logits for this row are no numbers (NaN or infinity) at token {position - request.prompt_len + 1}"
-        f"{which}; other rows are not affected. Are there NaNs in the checkpoint, or do numbers overflow in "
+        f"the model's logits for this row are no numbers (NaN or infinity) at token {token}{which}, also when it is "
+        f"computed alone; other rows are not affected. Are there NaNs in the checkpoint, or do numbers overflow in "
         f"model.dtype (float32 has room)?"
     )
     return BadRow(job.index, job.custom_id, reason, "server_error", job.key)

@@ -112,14 +112,18 @@ def test_a_ghost_row_adds_no_text_behind_a_stop_string() -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("params", [{}, {"logprobs": 1}, {"stop": ("x",), "min_tokens": 3}, {"stop_token_ids": (40,)}])
-def test_a_row_without_numbers_ends_at_once_and_says_so(value: str, params: dict[str, Any]) -> None:
+def test_a_row_without_numbers_even_alone_ends_and_says_so(value: str, params: dict[str, Any]) -> None:
     judged = Judged(max_tokens=9, **params)
     assert not judged.token(41)
     plan = Plan(1, sampled=[judged.request], sample_positions=[len(PROMPT) + 1])
     nowhere = Sampler(VOCAB, "cpu").sample(torch.full((1, VOCAB), float(value)), plan.sampled, plan.sample_positions)
-    assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [True])
+    assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [False]), "it is computed once more"
     judged.judged = 2
     assert judged.token(42), "a ghost"
+    judged.request.alone = True
+    assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [True])
+    judged.judged = 2
+    assert judged.token(42), "another"
     judged.request.tokens.append(41)
     judged.leader.finish(judged.request)
     judged.leader.close()
@@ -128,6 +132,26 @@ def test_a_row_without_numbers_ends_at_once_and_says_so(value: str, params: dict
     assert line["error"]["code"] == "server_error"
     assert (judged.leader.metrics.rows_ok, judged.leader.metrics.rows_failed) == (0, 1)
     assert not judged.leader.rows and not judged.leader.choices
+
+
+def test_what_a_row_gets_alone_is_its_answer_and_ghosts_of_before_are_not() -> None:
+    hello, world = (TOKENIZER.encode(text, add_special_tokens=False) for text in ("hello", " world"))
+    judged = Judged(max_tokens=99, stop=("wor",), logprobs=1)
+    for token in hello:
+        judged.token(token)
+    plan = Plan(9, sampled=[judged.request], sample_positions=[len(PROMPT) + len(hello)])
+    nowhere = Sampler(VOCAB, "cpu").sample(torch.full((1, VOCAB), torch.nan), plan.sampled, plan.sample_positions)
+    assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [False])
+    judged.judged += 1
+    for token in hello:
+        judged.token(token)
+    judged.request.alone = True
+    judged.judged = len(hello)
+    verdicts = [judged.token(token) for token in world]
+    output = [*hello, *world][: len(hello) + verdicts.index(True) + 1]
+    choice = judged.answer(output)
+    assert (choice["text"], choice["stop_reason"], choice["token_ids"]) == ("hello ", "wor", output)
+    assert len(choice["logprobs"]["tokens"]) == len(output)
 
 
 def test_one_choice_without_numbers_ends_the_row_s_other_choices_and_no_other_row() -> None:
@@ -152,6 +176,7 @@ def test_one_choice_without_numbers_ends_the_row_s_other_choices_and_no_other_ro
         return verdicts
 
     assert judge({first: 40, bad: 40, other: 40}, 0) == [False, False, False]
+    bad.alone = True
     assert judge({first: 41, bad: NO_TOKEN, other: 41}, 1) == [False, True, False]
     leader.finish(bad)
     assert not lines

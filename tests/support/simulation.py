@@ -7,9 +7,10 @@ from spmd.api.source import Source
 from spmd.bench.simulation import Replica, is_last
 from spmd.engine import Engine, Replicas
 from spmd.schedule.blocks import BlockPool
+from spmd.schedule.limits import Limits
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
-from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.schedule.scheduler import Scheduler
 
 
 def make_scheduler(
