@@ -249,7 +249,7 @@ class Config:
     output: str | None = key(None, "The file of answers.")
     errors: str | None = key(None, "A file of those answers that are errors, beside the output. null: none.")
     input_workers: int | None = key(
-        None, "Processes a node that tokenize rows ahead. null: two for each rank, at most half of the cores that ranks leave.",
+        None, "Processes a node that tokenize rows ahead. null: two a rank, at most half of the cores that ranks leave.",
         least=1,
     )  # fmt: skip
     output_order: str = key(

@@ -17,7 +17,7 @@ from spmd.parallel.packet import Packet, PacketWire
 from spmd.report.metrics import Clock, Metrics
 from spmd.sampling.sampler import Sampled
 from spmd.schedule.plan import Plan
-from spmd.schedule.request import Request, SamplingParams
+from spmd.schedule.request import NO_TOKEN, Request, SamplingParams
 from spmd.signals import Stop
 
 
@@ -56,23 +56,26 @@ class Unwritten:
 
 
 @dataclass(slots=True)
-class Choice:
-    """What is kept of a request until its last token is committed."""
-
-    clock: Clock
-    checker: StopChecker | None
-    ends: frozenset[int]  # token ids that end it
-    logprobs: "array[float]" = field(default_factory=lambda: array("d"))  # as `Sampled.fetch` gives them, in a row
-    finish_reason: str | None = None  # None: it goes on
-    stop_reason: int | str | None = None
-
-
-@dataclass(slots=True)
 class Open:
     """A row that isn't answered yet."""
 
     job: Job
     left: int  # choices that aren't finished
+    failure: BadRow | None = None  # why it will have no answer
+
+
+@dataclass(slots=True)
+class Choice:
+    """What is kept of a request until its last token is committed."""
+
+    row: Open
+    clock: Clock
+    checker: StopChecker | None
+    ends: frozenset[int]  # token ids that end it
+    logprobs: "array[float]" = field(default_factory=lambda: array("d"))  # as `Sampled.fetch` gives them, in a row
+    finish_reason: str | None = None  # None: it goes on
+    once_more_at: int = -1  # the position of the token that it is computed once more for, if it is
+    stop_reason: int | str | None = None
 
 
 class Leader:
@@ -92,17 +95,20 @@ class Leader:
             self.answers.error(row)
             return
         now = perf_counter()
-        self.rows[row.index] = Open(row, len(row.requests))
+        opened = self.rows[row.index] = Open(row, len(row.requests))
         for request in row.requests:
             params = request.params
             checker = StopChecker(self.tokenizer, request.tokens, params) if params.stop else None
-            self.choices[request] = Choice(Clock(now), checker, _ends(params))
+            self.choices[request] = Choice(opened, Clock(now), checker, _ends(params))
 
     def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
         """A token for each of `plan.sampled`, and whether the request has ended. Plans come in order.
 
         A request that ended in an earlier plan is passed over: this one was made before that was known. It has a
         finish reason then, or is none of `choices` any more, since its last token is committed.
+
+        One with NO_TOKEN is computed once more, alone. If it gets that again, its row fails: it ends, and so do the
+        row's other choices, each where its next token is judged.
         """
         asked = perf_counter()
         tokens, logprobs = sampled.fetch()
@@ -111,9 +117,13 @@ class Leader:
         rows = zip(plan.sampled, tokens, plan.sample_positions, strict=True)
         for place, (request, token, position) in enumerate(rows):
             choice = self.choices.get(request)
-            if choice is None or choice.finish_reason is not None:
+            if choice is None or (choice.finish_reason is not None and position != choice.once_more_at):
                 ended[place] = True
                 continue
+            if token == NO_TOKEN or choice.row.failure:
+                ended[place] = self._fails(request, choice, position)
+                continue
+            choice.finish_reason = None
             clocks.append(choice.clock)
             if logprobs and (chosen := logprobs[place]):
                 choice.logprobs.extend(chosen)
@@ -123,19 +133,38 @@ class Leader:
         self.metrics.sampled(clocks, now)
         return tokens, ended
 
+    def _fails(self, request: Request, choice: Choice, position: int) -> bool:
+        """Whether a request ends that got NO_TOKEN, or whose row has failed. What it still has in flight is ghosts."""
+        again = not (request.alone or choice.row.failure)
+        choice.once_more_at = position if again else -1
+        choice.finish_reason = "error"
+        if not again and not choice.row.failure:
+            choice.row.failure = _without_numbers(choice.row.job, request, position)
+        return not again
+
     def finish(self, request: Request) -> None:
         """A request's last token is committed: send it on, and its row once all choices of that are there."""
-        row, choice = self.rows[request.index], self.choices.pop(request)
+        choice = self.choices.pop(request)
+        row = choice.row
+        if not row.failure:
+            self._send(request, choice)
+        row.left -= 1
+        if row.left:
+            return
+        del self.rows[request.index]
+        if row.failure:
+            self.metrics.rows_failed += 1
+            self.answers.error(row.failure)
+        else:
+            self.metrics.rows_ok += 1
+            self.answers.answer(Head.of(row.job))
+
+    def _send(self, request: Request, choice: Choice) -> None:
         assert choice.finish_reason is not None
         self.metrics.finished(request, choice.clock, perf_counter())
         text = choice.checker.text if choice.checker else None
         finished = Finished.of(request, choice.finish_reason, choice.stop_reason, text, choice.logprobs)
         self.answers.choice(request.index, request.choice, finished)
-        row.left -= 1
-        if not row.left:
-            del self.rows[request.index]
-            self.metrics.rows_ok += 1
-            self.answers.answer(Head.of(row.job))
 
     def close(self) -> None:
         """All rows have ended: see to it that their answers are where they belong."""
@@ -231,6 +260,18 @@ class Followed:
 def _ends(params: SamplingParams) -> frozenset[int]:
     """Token ids that end a request."""
     return frozenset(params.stop_token_ids if params.ignore_eos else params.eos_token_ids + params.stop_token_ids)
+
+
+def _without_numbers(job: Job, request: Request, position: int) -> BadRow:
+    """Why a row has no answer that got NO_TOKEN at a position."""
+    which = f" of choice {request.choice}" if len(job.requests) > 1 else ""
+    token = position - request.prompt_len + 1
+    reason = (
+        f"the model's logits for this row are no numbers (NaN or infinity) at token {token}{which}, also when it is "
+        f"computed alone; other rows are not affected. Are there NaNs in the checkpoint, or do numbers overflow in "
+        f"model.dtype (float32 has room)?"
+    )
+    return BadRow(job.index, job.custom_id, reason, "server_error", job.key)
 
 
 def _finish_reason(request: Request, choice: Choice, token: int, position: int) -> str | None:

@@ -32,7 +32,8 @@ from spmd.runtime.run_dir import open_run_dir, record, warn
 from spmd.schedule.balance import Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.digests import DigestChain, Undigested
-from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.schedule.limits import Limits
+from spmd.schedule.scheduler import Scheduler
 from spmd.settings import Settings, read_model, resolve, worked_out
 from spmd.signals import Stop
 from spmd.stage.build import build_stage, load_decoder

@@ -9,11 +9,12 @@ import torch
 from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import Job
 from spmd.leader import Leader
+from spmd.parallel.transfer import HostCopy
 from spmd.processes.answer_writer import AnswerWriter
 from spmd.report.metrics import Metrics
-from spmd.sampling.sampler import Sampled, Sampler
+from spmd.sampling.sampler import PackedLogprobs, Sampled, Sampler
 from spmd.schedule.plan import Plan
-from spmd.schedule.request import Request, SamplingParams
+from spmd.schedule.request import NO_TOKEN, Request, SamplingParams
 from tests.support.tiny_tokenizer import make_tokenizer
 
 VOCAB = 269
@@ -109,11 +110,92 @@ def test_a_ghost_row_adds_no_text_behind_a_stop_string() -> None:
     assert (choice["text"], choice["stop_reason"], choice["token_ids"]) == ("hello ", "wor", output)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("params", [{}, {"logprobs": 1}, {"stop": ("x",), "min_tokens": 3}, {"stop_token_ids": (40,)}])
+def test_a_row_without_numbers_even_alone_ends_and_says_so(value: str, params: dict[str, Any]) -> None:
+    judged = Judged(max_tokens=9, **params)
+    assert not judged.token(41)
+    plan = Plan(1, sampled=[judged.request], sample_positions=[len(PROMPT) + 1])
+    nowhere = Sampler(VOCAB, "cpu").sample(torch.full((1, VOCAB), float(value)), plan.sampled, plan.sample_positions)
+    assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [False]), "it is computed once more"
+    judged.judged = 2
+    assert judged.token(42), "a ghost"
+    judged.request.alone = True
+    assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [True])
+    judged.judged = 2
+    assert judged.token(42), "another"
+    judged.request.tokens.append(41)
+    judged.leader.finish(judged.request)
+    judged.leader.close()
+    (line,) = judged.lines
+    assert "no numbers (NaN or infinity) at token 2" in line["error"]["message"]
+    assert line["error"]["code"] == "server_error"
+    assert (judged.leader.metrics.rows_ok, judged.leader.metrics.rows_failed) == (0, 1)
+    assert not judged.leader.rows and not judged.leader.choices
+
+
+def test_what_a_row_gets_alone_is_its_answer_and_ghosts_of_before_are_not() -> None:
+    hello, world = (TOKENIZER.encode(text, add_special_tokens=False) for text in ("hello", " world"))
+    judged = Judged(max_tokens=99, stop=("wor",), logprobs=1)
+    for token in hello:
+        judged.token(token)
+    plan = Plan(9, sampled=[judged.request], sample_positions=[len(PROMPT) + len(hello)])
+    nowhere = Sampler(VOCAB, "cpu").sample(torch.full((1, VOCAB), torch.nan), plan.sampled, plan.sample_positions)
+    assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [False])
+    judged.judged += 1
+    for token in hello:
+        judged.token(token)
+    judged.request.alone = True
+    judged.judged = len(hello)
+    verdicts = [judged.token(token) for token in world]
+    output = [*hello, *world][: len(hello) + verdicts.index(True) + 1]
+    choice = judged.answer(output)
+    assert (choice["text"], choice["stop_reason"], choice["token_ids"]) == ("hello ", "wor", output)
+    assert len(choice["logprobs"]["tokens"]) == len(output)
+
+
+def test_one_choice_without_numbers_ends_the_row_s_other_choices_and_no_other_row() -> None:
+    lines: list[dict[str, Any]] = []
+    leader = Leader(
+        TOKENIZER, Metrics(), AnswerWriter(TOKENIZER, "tested", lambda _, line, *key: lines.append(json.loads(line)))
+    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=3)
+    first, bad, late, other = (
+        Request(row, choice, [*PROMPT], greedy) for row, choice in ((0, 0), (0, 1), (0, 2), (1, 0))
+    )
+    leader.open(Job(0, "a", COMPLETIONS, [first, bad, late], [PROMPT]))
+    leader.open(Job(1, "b", COMPLETIONS, [other], [PROMPT]))
+
+    def judge(tokens: dict[Request, int], position: int) -> list[bool]:
+        plan = Plan(position, sampled=list(tokens), sample_positions=[len(PROMPT) + position] * len(tokens))
+        logits = torch.zeros(len(tokens), VOCAB)
+        for place, token in enumerate(tokens.values()):
+            logits[place, token] = 9.0 if token >= 0 else float("nan")
+        found, verdicts = leader.judge(plan, Sampler(VOCAB, "cpu").sample(logits, plan.sampled, plan.sample_positions))
+        assert found == list(tokens.values())
+        return verdicts
+
+    assert judge({first: 40, bad: 40, other: 40}, 0) == [False, False, False]
+    bad.alone = True
+    assert judge({first: 41, bad: NO_TOKEN, other: 41}, 1) == [False, True, False]
+    leader.finish(bad)
+    assert not lines
+    assert judge({first: 42, late: 40, other: 42}, 2) == [True, True, True]
+    other.tokens += [40, 41, 42]
+    for request in (first, late, other):
+        leader.finish(request)
+    assert [(line["custom_id"], line["error"] is None) for line in lines] == [("a", False), ("b", True)]
+    assert "at token 2 of choice 1" in lines[0]["error"]["message"]
+    assert (leader.metrics.rows_ok, leader.metrics.rows_failed) == (1, 1)
+    assert not leader.rows and not leader.choices
+
+
 def test_an_answer_that_cannot_be_put_together_fails_its_row_alone() -> None:
     broken, whole = Judged(logprobs=1, max_tokens=1), Judged(max_tokens=1)
     plan = Plan(0, sampled=[broken.request], sample_positions=[len(PROMPT)])
-    nowhere = Sampler(VOCAB, "cpu").sample(torch.full((1, VOCAB), float("nan")), plan.sampled, plan.sample_positions)
-    tokens, verdicts = broken.leader.judge(plan, nowhere)
+    unwritable = torch.tensor([[float("nan"), 1.0, 40.0, float("nan")]], dtype=torch.float64)
+    logprobs = PackedLogprobs(1, [0], [1], HostCopy(unwritable))
+    tokens, verdicts = broken.leader.judge(plan, Sampled(torch.tensor([40]), logprobs))
     assert verdicts == [True]
     broken.request.tokens += tokens
     broken.leader.finish(broken.request)

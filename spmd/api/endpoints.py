@@ -25,8 +25,9 @@ class Endpoint:
     object: str  # the answer body's "object"
     id_prefix: str  # of the answer body's "id"
     prompt_ids_in_choices: bool  # with return_token_ids: whether each choice repeats the prompt's, as vLLM has it
-    # (body, tokenizer, vocab_size) -> token ids of each prompt, at least one; ValueError: they can't be had, and why.
-    prompts: Callable[[Mapping[str, Any], Any, int], list[list[int]]]
+    # (body, tokenizer, vocab_size, tokens there is room for) -> token ids of each prompt, at least one.
+    # TooLong: one has many more; ValueError: they can't be had, and why.
+    prompts: Callable[[Mapping[str, Any], Any, int, int], list[list[int]]]
     # (body, vocab_size) -> the sampling keys of the body, checked and named as in NEUTRAL; ValueError: key and limit.
     sampling: Callable[[Mapping[str, Any], int], dict[str, Any]]
     # (number of the choice, choice, tokenizer) -> the choice in the answer, for JSON.

@@ -16,6 +16,9 @@ RESERVED = {
 }
 # Where the text of a part of a message stands, by the part's type.
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+MOST_CHOICES = 2048  # of a row
+# A text is first judged by a beginning of this many characters, plus some for each token that there is room for.
+SHORTEST_BEGINNING, CHARACTERS_OF_A_TOKEN = 2**16, 4
 BEGUN_TWICE = (
     "{:,} prompts begin with the tokenizer's beginning-of-sequence token and get another one from it; leave it out of "
     "the text, or set add_special_tokens to false in these rows"
@@ -23,25 +26,35 @@ BEGUN_TWICE = (
 ASKS_FOR_NULL = re.compile(r"content(?:['\"]\])?\s*(?:is\s+(?:not\s+)?|[!=]=\s*)none", re.IGNORECASE)
 
 
-def text_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:
+class TooLong(ValueError):
+    """A text has many more tokens than there is room for; the message says what is known of its length."""
+
+
+def text_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int, longest: int) -> list[list[int]]:
     """Token ids of each prompt in `prompt`, at least one: a text, token ids, or a list of such.
 
-    Text gets special tokens unless the row says otherwise; token ids are taken as they are.
+    Text gets special tokens unless the row says otherwise; token ids are taken as they are. `longest`: tokens that a
+    prompt may have; one a little longer is returned all the same.
 
     Raises:
+        TooLong: a text is much longer.
         ValueError: names what is wrong with a prompt, or why it could not be tokenized.
     """
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt):
+        if len(prompt) > MOST_CHOICES:
+            raise ValueError(f"{len(prompt)} prompts, at most {MOST_CHOICES}")
         named = {f"prompt[{place}]": one for place, one in enumerate(prompt)}
     else:
         named = {"prompt": prompt}
-    return [_text_prompt(name, one, body, tokenizer, vocab_size) for name, one in named.items()]
+    return [_text_prompt(name, one, body, tokenizer, vocab_size, longest) for name, one in named.items()]
 
 
-def _text_prompt(name: str, prompt: Any, body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
+def _text_prompt(
+    name: str, prompt: Any, body: Mapping[str, Any], tokenizer: Any, vocab_size: int, longest: int
+) -> list[int]:
     if isinstance(prompt, str):
-        return _checked(name, _encode(name, prompt, body, tokenizer, special=True), vocab_size)
+        return _checked(name, _encode(name, prompt, body, tokenizer, longest, special=True), vocab_size)
     if not isinstance(prompt, list):
         raise ValueError(f"prompt must be a string, a list of token ids or a list of such, not {show(prompt)}")
     if boolean("add_special_tokens", body.get("add_special_tokens", False)):
@@ -56,15 +69,17 @@ def begun_twice(prompts: Sequence[Sequence[int]], body: Mapping[str, Any], token
     return sum(isinstance(text, str) and prompt[:2] == [bos, bos] for text, prompt in zip(texts, prompts, strict=False))
 
 
-def chat_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:
+def chat_prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int, longest: int) -> list[list[int]]:
     """The one prompt of a chat row: token ids of `messages` as the chat template writes them, at least one.
 
-    As in vLLM's server, `add_special_tokens` is by default false here, for the template writes them.
+    As in vLLM's server, `add_special_tokens` is by default false here, for the template writes them. `longest` is as
+    in `text_prompts`.
 
     Raises:
+        TooLong: the text is much longer.
         ValueError: names what is wrong with the messages, or why they could not be rendered or tokenized.
     """
-    ids = _encode("prompt", _render(body, tokenizer), body, tokenizer, special=False)
+    ids = _encode("prompt", _render(body, tokenizer, longest), body, tokenizer, longest, special=False)
     return [_checked("prompt", ids, vocab_size)]
 
 
@@ -80,7 +95,7 @@ def _empty(name: str) -> str:
     return "the prompt is empty" if name == "prompt" else f"{name} is empty"
 
 
-def _encode(name: str, text: str, body: Mapping[str, Any], tokenizer: Any, special: bool) -> list[int]:
+def _encode(name: str, text: str, body: Mapping[str, Any], tokenizer: Any, longest: int, special: bool) -> list[int]:
     """`special`: whether to add special tokens where the body doesn't say."""
     if not text:
         raise ValueError(_empty(name))
@@ -88,6 +103,11 @@ def _encode(name: str, text: str, body: Mapping[str, Any], tokenizer: Any, speci
         raise ValueError("the prompt is text, but the model has no tokenizer: give token ids or set model.tokenizer")
     if (given := body.get("add_special_tokens")) is not None:
         special = boolean("add_special_tokens", given)
+    _check_length(name, text, tokenizer, longest)
+    return _tokenize(tokenizer, text, special)
+
+
+def _tokenize(tokenizer: Any, text: str, special: bool) -> list[int]:
     try:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=special)
         return ids
@@ -95,7 +115,27 @@ def _encode(name: str, text: str, body: Mapping[str, Any], tokenizer: Any, speci
         raise ValueError(f"the tokenizer failed: {first_line(error)}") from error
 
 
-def _render(body: Mapping[str, Any], tokenizer: Any) -> str:
+def _check_length(name: str, text: str, tokenizer: Any, longest: int) -> None:
+    """Tokenize a beginning of a text that is long, and of one that may fit yet more and more of it.
+
+    A number of characters alone tells nothing: a token may stand for any number of them (of spaces, say, or of unknown
+    words), and normalizers drop some. The tokens of a beginning do: what comes behind it can change only those next to
+    the cut, where a word, a character or a special token may go on. It would have to join half of all tokens of the
+    beginning to make a text fit that is refused here.
+
+    Raises:
+        TooLong: a beginning has more than twice the tokens that the text may have.
+    """
+    size = SHORTEST_BEGINNING + CHARACTERS_OF_A_TOKEN * longest
+    while size < len(text):
+        found = len(_tokenize(tokenizer, text[:size], special=False))
+        if found > 2 * longest:
+            which = "the prompt" if name == "prompt" else name
+            raise TooLong(f"{which} has {len(text)} characters, of which the first {size} are {found} tokens")
+        size *= 2
+
+
+def _render(body: Mapping[str, Any], tokenizer: Any, longest: int) -> str:
     arguments = _template_arguments(body)
     if (template := getattr(tokenizer, "chat_template", None)) is None:
         raise ValueError("messages need a chat template, and the tokenizer has none: use 'prompt'")
@@ -109,6 +149,7 @@ def _render(body: Mapping[str, Any], tokenizer: Any) -> str:
         with suppress(ValueError):  # joining strings, the template wants that of the row
             return _apply(tokenizer, messages, arguments)
         raise
+    _check_length("prompt", text, tokenizer, longest)  # before each of its tool calls is looked for in it
     return _apply(tokenizer, messages, arguments) if _holds_dicts(text, objects) else text
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmd.api.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
-from spmd.api.prompts import begun_twice
+from spmd.api.prompts import MOST_CHOICES, TooLong, begun_twice
 from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tokens, integer, sampling_params
 from spmd.config import SamplingConfig
 from spmd.messages import listed, show
@@ -63,7 +63,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
 }
 INSTEAD = {"tools": "tools for the template may stand in chat_template_kwargs"}
-MOST_CHOICES = 2048  # of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +130,11 @@ class RowParser:
         self.vocab_size = vocab_size
         self.begun_twice = 0  # prompts so far whose text brought a BOS that the tokenizer adds too
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request there can be."""
+        return min(self.max_model_len, self.capacity)
+
     def parse(self, line: bytes, index: int) -> Job | BadRow:
         """The job of a line, or what is wrong with it. Raises nothing, whatever the bytes."""
         row = load(line, index)
@@ -145,13 +149,15 @@ class RowParser:
                 raise ValueError(f"stop={show(values['stop'])} needs a tokenizer, and the model has none")
             priority = integer(INT64_MIN)("priority", body.get("priority", 0))
             return_token_ids = boolean("return_token_ids", body.get("return_token_ids", False))
-            prompts = endpoint.prompts(body, self.tokenizer, self.vocab_size)
+            prompts = endpoint.prompts(body, self.tokenizer, self.vocab_size, self.longest - 1)
             self.begun_twice += begun_twice(prompts, body, self.tokenizer)
             if (count := len(prompts) * values["n"]) > MOST_CHOICES:
                 raise ValueError(f"{len(prompts)} prompts with n={values['n']} are {count}, at most {MOST_CHOICES}")
-            if min(self.max_model_len, self.capacity) <= (longest := max(map(len, prompts))):
-                return BadRow(row.index, row.custom_id, self._too_long(longest), "context_length_exceeded")
+            if self.longest <= (length := max(map(len, prompts))):
+                raise TooLong(f"the prompt has {length} tokens")
             requests = [*self._requests(row, values, prompts, priority)]
+        except TooLong as error:
+            return BadRow(row.index, row.custom_id, f"{error}, {self._limit()}", "context_length_exceeded")
         except ValueError as error:
             return BadRow(row.index, row.custom_id, str(error))
         return Job(row.index, row.custom_id, endpoint, requests, prompts, return_token_ids)
@@ -162,17 +168,17 @@ class RowParser:
         """One for each choice, which are counted through the prompts, as in vLLM's server."""
         choice = 0
         for prompt in prompts:
-            available = min(self.max_model_len, self.capacity) - len(prompt)
+            available = self.longest - len(prompt)
             for params in sampling_params(values, available, row.custom_id, self.eos_token_ids, choice):
                 yield Request(row.index, choice, prompt.copy(), params, priority)
                 choice += 1
 
-    def _too_long(self, length: int) -> str:
+    def _limit(self) -> str:
         if self.max_model_len <= self.capacity:
             limit = f"max_model_len is {self.max_model_len}"
         else:
             limit = f"the KV cache holds {self.capacity} tokens of a request (raise scheduler.num_blocks)"
-        return f"the prompt has {length} tokens, {limit}, and at least one token of output must fit"
+        return f"{limit}, and at least one token of output must fit"
 
 
 def number_name(index: int) -> str:

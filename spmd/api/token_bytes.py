@@ -70,7 +70,7 @@ def finished_text(tokenizer: Any, tokens: Sequence[int], skip_special_tokens: bo
     if not extra:
         return text
     dropped = 0
-    while dropped < len(held) and len(held[dropped]) <= extra:
+    while extra and dropped < len(held) and len(held[dropped]) <= extra:
         extra -= len(held[dropped])
         dropped += 1
     # Decoded anew: with byte fallback the bytes that are too many spoil the characters before them as well.

@@ -92,9 +92,13 @@ def output_text(tokenizer: Any, prompt: Sequence[int], output: Sequence[int], sk
     """
     if tokenizer is None:
         return ""
-    context = _context(tokenizer, prompt, skip_special_tokens)
+    return _text_behind(tokenizer, _context(tokenizer, prompt, skip_special_tokens), output, skip_special_tokens)
+
+
+def _text_behind(tokenizer: Any, context: Sequence[int], output: Sequence[int], skip_special_tokens: bool) -> str:
+    """As `output_text`, with a context that begins with a whole character."""
     whole = finished_text(tokenizer, [*context, *output], skip_special_tokens)
-    for text_of in (decode, finished_text):  # the prompt may end within a character that the output completes
+    for text_of in (decode, finished_text):  # the context may end within a character that the output completes
         before = text_of(tokenizer, context, skip_special_tokens)
         if whole.startswith(before):
             return whole[len(before) :]
@@ -117,6 +121,10 @@ def _context(tokenizer: Any, prompt: Sequence[int], skip_special_tokens: bool) -
 class StopChecker:
     """Looks for `params.stop` in the text of one growing output. Each token costs the decoding of a few.
 
+    The text is that of `output_text`, but for what bytes that come later may still spoil (with byte fallback, those of
+    one row of bytes together). Where a stop string is found in it, `text` is made anew from all tokens, and the string
+    must be there, too.
+
     A stop string that is complete within the first `min_tokens` doesn't count, as in vLLM.
     """
 
@@ -124,42 +132,58 @@ class StopChecker:
         self.tokenizer = tokenizer
         self.params = params
         self.text = ""  # of the output so far; ends before (or behind) the stop string once there is one
-        self.num_tokens = 0
-        # Tokens not yet in `text`, behind those whose text may depend on them; `shown` is the text of the latter.
-        self.tokens = _context(tokenizer, prompt, params.skip_special_tokens)
+        self.context = _context(tokenizer, prompt, params.skip_special_tokens)
+        self.output: list[int] = []
+        # `settled` is the text up to the first `shown` of these tokens, on which the text of the others may depend.
+        self.settled = ""
+        self.tokens = [*self.context]
         self.shown = len(self.tokens)
 
     def push(self, token: int) -> str | None:
         """Append a sampled token; the stop string that ends the output with it, if one does."""
-        self.num_tokens += 1
-        new = self._new_text(token)
+        self.output.append(token)
         old = len(self.text)
-        self.text += new
-        if not new or self.num_tokens <= self.params.min_tokens:
+        self.text = self._grown(token)
+        if len(self.text) <= old or len(self.output) <= self.params.min_tokens or not self._find(self.text, old):
             return None
-        found = []
-        for order, stop in enumerate(self.params.stop):
-            if (at := self.text.find(stop, max(0, old - len(stop) + 1))) >= 0:
-                found.append((at, order))
-        if not found:
+        whole = output_text(self.tokenizer, self.context, self.output, self.params.skip_special_tokens)
+        if not (found := self._find(whole, old)):
             return None
-        at, order = min(found)
+        at, order = found
         stop = self.params.stop[order]
-        self.text = self.text[: at + len(stop) if self.params.include_stop_str_in_output else at]
+        self.text = whole[: at + len(stop) if self.params.include_stop_str_in_output else at]
         return stop
 
-    def _new_text(self, token: int) -> str:
+    def _find(self, text: str, old: int) -> tuple[int, int] | None:
+        """Where the first stop string that isn't in the first `old` characters begins, and which of them it is."""
+        found = []
+        for order, stop in enumerate(self.params.stop):
+            if (at := text.find(stop, max(0, old - len(stop) + 1))) >= 0:
+                found.append((at, order))
+        return min(found, default=None)
+
+    def _grown(self, token: int) -> str:
+        """The text with one more token."""
+        skip = self.params.skip_special_tokens
         self.tokens.append(token)
-        before = decode(self.tokenizer, self.tokens[: self.shown], self.params.skip_special_tokens)
-        whole = decode(self.tokenizer, self.tokens, self.params.skip_special_tokens)
-        if whole.endswith(UNFINISHED) or len(whole) <= len(before):
-            if whole == before and not decode(self.tokenizer, [token], self.params.skip_special_tokens):
-                self.tokens.pop()  # a skipped token: no text will ever depend on it
-            if len(self.tokens) - self.shown <= MOST_PENDING:
-                return ""
-        del self.tokens[: self.shown]
-        self.shown = len(self.tokens)
-        return whole[len(before) :]
+        whole = decode(self.tokenizer, self.tokens, skip)
+        before = decode(self.tokenizer, self.tokens[: self.shown], skip)
+        if whole == before and not decode(self.tokenizer, [token], skip):
+            self.tokens.pop()  # a skipped token: no text will ever depend on it
+            return self.text
+        open_ended = whole.endswith(UNFINISHED)
+        if open_ended or not whole.startswith(before):
+            new = _text_behind(self.tokenizer, self.tokens[: self.shown], self.tokens[self.shown :], skip)
+        else:
+            new = whole[len(before) :]
+        text = self.settled + new
+        many = len(self.tokens) - self.shown > MOST_PENDING
+        if many or (new and not open_ended):
+            self.settled = text
+            if many or not before.endswith(UNFINISHED):  # else the new ones begin within a character
+                del self.tokens[: self.shown]
+            self.shown = len(self.tokens)
+        return text
 
 
 def _load_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:

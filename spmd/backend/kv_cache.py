@@ -3,6 +3,10 @@
 A layer's keys are `[num_blocks, kv_heads, block_size, head_dim]` (FlashInfer's HND layout): the tokens of one block and
 head lie together, so that gathering a request's blocks yields `[kv_heads, tokens, head_dim]` by plain memory copies of
 whole rows, ready for matrix products. Block 0 is the null block: padding writes there and nothing real reads it.
+
+What stands in a block behind a request's last token is read, though it counts as nothing: it must be a number, since
+a masked NaN would still poison a product. Who had the block before may have left NaN; `spmd.schedule.scheduler` says
+what is done about that.
 """
 
 from collections.abc import Sequence
@@ -11,10 +15,11 @@ import torch
 from torch import Tensor
 
 from spmd.model.cache_spec import CacheSpec
+from spmd.parallel.transfer import to_device
 
 
 class KVCache:
-    """Keys and values, allocated once. Zeroed, since a masked NaN would still poison a product."""
+    """Keys and values, allocated once, as zeros."""
 
     def __init__(
         self, specs: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str = "cpu"
@@ -29,6 +34,12 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=spec.dtype, device=device)
         self.heads = torch.arange(self.kv_heads, device=device)
         self.buffers = [self.keys.new_empty(0, 0), self.keys.new_empty(0, 0)]
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Fill blocks with zeros, in all layers, behind the forwards that were launched before."""
+        index = to_device(blocks, torch.int64, self.device)
+        for cache in (self.keys, self.values):
+            cache.index_fill_(1, index, 0)
 
     def write_index(self, slots: Tensor) -> Tensor:
         """Where `write` puts tokens, one row of `head_dim` a token and head: int64 `[T * kv_heads]` of slots `[T]`."""

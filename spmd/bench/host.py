@@ -31,9 +31,10 @@ from spmd.sampling.sampler import Sampled, plain_greedy
 from spmd.schedule.balance import Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.digests import Undigested
+from spmd.schedule.limits import Limits
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
-from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.schedule.scheduler import Scheduler
 from spmd.signals import Stop
 from spmd.stage.inputs import InputBuilder
 from spmd.topology import Topology

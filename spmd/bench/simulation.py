@@ -19,9 +19,10 @@ from spmd.sampling.sampler import Sampled
 from spmd.schedule.balance import Load, Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.digests import Undigested
+from spmd.schedule.limits import Limits
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request
-from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.schedule.scheduler import Scheduler
 
 BLOCK_SIZE = 16  # tokens, of a fleet's pools
 
@@ -65,10 +66,10 @@ class MadeUp:
     def send(self, plan: Plan, sampled: Sampled | None) -> None: ...
 
     def receive(self, plan: Plan) -> Packet:
-        """Of requests that have finished it says anything, as nobody should listen."""
+        """Of requests that have finished, or are spoilt, it says anything, as nobody should listen."""
         packet = Packet([], [])
         for request, position in zip(plan.sampled, plan.sample_positions, strict=True):
-            if request.finished:
+            if request.finished or request.spoilt:
                 self.ghosts += 1
                 token, ends = -1, position % 2 == 0
             else:

@@ -18,6 +18,8 @@ from spmd.topology import Topology
 class TokenFeedback:
     """`latest` is int64 [max_num_seqs + 1]: the last token of each seat, then 0 for padding. True on the first stage.
 
+    All are in the vocabulary: where a row got NO_TOKEN stands 0, which feeds ghosts.
+
     One broadcast for each plan that samples. The leader starts it when it has sampled, the others join just before the
     plan of N ticks later, the first that may need the tokens. No rank's host waits for a GPU.
     """
@@ -72,4 +74,4 @@ class TokenFeedback:
     def _place(self, plan: Plan, tokens: Tensor) -> None:
         """A request keeps its seat as long as it is in flight, so it sits where it sat when the plan was made."""
         seats = to_device([request.seat for request in plan.sampled], torch.int64, self.latest.device)
-        self.latest.index_copy_(0, seats, tokens[: len(seats)])
+        self.latest.index_copy_(0, seats, tokens[: len(seats)].clamp_min(0))

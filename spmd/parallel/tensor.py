@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmd.parallel.peer_memory import SymmetricBuffer
+from spmd.schedule.request import NO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,11 @@ class TensorParallel:
     def argmax_vocab(self, logits: Tensor, vocab_size: int) -> Tensor:
         """Most likely token of each row, int64 [S], equal on all ranks, from their slices `[S, padded vocab / size]`.
 
-        The same as `argmax` of the joined logits: of equal ones the first wins, and a NaN over all others. Columns
-        from `vocab_size` on are padding and never win. Two numbers a row travel instead of the logits, and the host
-        waits for nothing.
+        The same as `likeliest` of the joined logits. Columns from `vocab_size` on are padding and never win. Two
+        numbers a row travel instead of the logits, and the host waits for nothing.
         """
         if self.size == 1:
-            return logits[:, :vocab_size].max(-1).indices  # as `argmax`, which takes four times as long on CPUs
+            return likeliest(logits[:, :vocab_size])
         offset = self.rank * logits.shape[1]
         if (padding := min(offset + logits.shape[1] - vocab_size, logits.shape[1])) > 0:
             logits = F.pad(logits[:, :-padding], (0, padding), value=float("-inf"))
@@ -59,5 +59,18 @@ class TensorParallel:
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self.group)
         values, tokens = torch.stack(everyone, dim=1)
-        best: Tensor = tokens.gather(0, values.argmax(0, keepdim=True))[0]
-        return best.long()
+        best, rank = values.max(0)
+        return token_or_none(best, tokens.gather(0, rank[None])[0].long())
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The most likely token of each row, int64 [S] of `[S, vocab]`: of equal ones the first.
+
+    NO_TOKEN where the largest logit is NaN or infinite: one NaN in a row is larger than all else.
+    """
+    return token_or_none(*logits.max(-1))  # indices as of `argmax`, which takes four times as long on CPUs
+
+
+def token_or_none(best: Tensor, token_ids: Tensor) -> Tensor:
+    """`token_ids` [S], but NO_TOKEN where the row's best score, of `best` [S], is no finite number."""
+    return torch.where(best.isfinite(), token_ids, NO_TOKEN)

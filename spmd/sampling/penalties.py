@@ -21,13 +21,13 @@ class TokenCounts:
     Nobody samples for a request after its row has gone to another: `finished` is set by the scheduler when it commits
     the plan that ends the request, and every plan that holds the request was made, and run here, before that commit.
     Between the leader's decision that it ends and the commit, tokens that will be thrown away are still counted, but
-    in the request's own row.
+    in the request's own row. So it is with one that is computed once more, alone: it is entered anew.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.table = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self.free: list[int] = []
-        self.taken: dict[Request, int] = {}
+        self.taken: dict[tuple[Request, bool], int] = {}  # of a request, and of one that is computed alone
 
     def rows(self, requests: Sequence[Request]) -> Tensor:
         """Row of the table of each of these requests, none of them `finished`; int64 [R] on the device.
@@ -35,7 +35,7 @@ class TokenCounts:
         A request is entered with its prompt and committed output when it is first seen; from then on `add` must be
         told of each of its tokens.
         """
-        rows = [self.taken[r] if r in self.taken else self._enter(r) for r in requests]
+        rows = [self.taken[key] if (key := (r, r.alone)) in self.taken else self._enter(r) for r in requests]
         return to_device(rows, torch.int64, self.table.device)
 
     def add(self, rows: Tensor, token_ids: Tensor) -> None:
@@ -45,7 +45,7 @@ class TokenCounts:
     def _enter(self, request: Request) -> int:
         if not self.free:
             self._make_room()
-        row = self.taken[request] = self.free.pop()
+        row = self.taken[request, request.alone] = self.free.pop()
         tokens = to_device(request.tokens, torch.int64, self.table.device)
         self.table[row].zero_().index_fill_(0, tokens[: request.prompt_len], IN_PROMPT)
         output = tokens[request.prompt_len :]
@@ -53,8 +53,8 @@ class TokenCounts:
         return row
 
     def _make_room(self) -> None:
-        finished = [request for request in self.taken if request.finished]
-        self.free = [self.taken.pop(request) for request in finished]
+        over = [(request, alone) for request, alone in self.taken if request.finished or request.alone != alone]
+        self.free = [self.taken.pop(key) for key in over]
         if not self.free:
             rows = len(self.table)
             self.free = list(range(rows, max(8, 2 * rows)))

@@ -7,6 +7,9 @@ take the argmax; the others temperature, min_p, top_k, top_p and one draw.
 Randomness is one number a token, a function of (params.stream, position) alone. It is compared with sums of *integer*
 weights in vocabulary order: these are exact in any order of summation, so neither the rest of the batch nor the
 device's way of adding up can move a sample.
+
+A row whose best score is NaN or infinite gets NO_TOKEN. Until the last line of `sample` it has some token of the
+vocabulary, so that nothing on the way indexes with it.
 """
 
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spmd.parallel.tensor import likeliest, token_or_none
 from spmd.parallel.transfer import HostCopy, to_device
 from spmd.sampling.penalties import TokenCounts, apply_penalties
 from spmd.schedule.request import Request, SamplingParams
@@ -45,7 +49,8 @@ class PackedLogprobs:
 class Sampled:
     """One token for each sampled row of a plan.
 
-    `token_ids` is int64 [S] on the device, for what goes on there. Copies to the host set out when this is made.
+    `token_ids` is int64 [S] on the device, with NO_TOKEN where there is none, for what goes on there. Copies to the
+    host set out when this is made.
     """
 
     def __init__(self, token_ids: Tensor, logprobs: PackedLogprobs | None = None) -> None:
@@ -74,7 +79,7 @@ class Sampler:
         tokens just before a position need not be committed: they are counted for penalties when they are sampled here.
         """
         if plain_greedy(requests, positions):
-            return Sampled(logits.argmax(-1))
+            return Sampled(likeliest(logits))
         biased = [i for i, r in enumerate(requests) if r.params.logit_bias or _held_open(r, positions[i])]
         penalised = [i for i, r in enumerate(requests) if r.params.penalised]
         drawn = [i for i, r in enumerate(requests) if not r.params.greedy]
@@ -85,13 +90,14 @@ class Sampler:
             chosen, rows = [requests[i] for i in penalised], self._rows(penalised)
             counted = self.counts.rows(chosen)
             scores[rows] = apply_penalties(scores[rows], self.counts.table[counted], chosen)
-        token_ids = scores.argmax(-1)
+        best, token_ids = scores.max(-1)
         if drawn:
             at = self._rows(drawn)
             token_ids[at] = self._draw(scores[at], [requests[i].params for i in drawn], [positions[i] for i in drawn])
         if penalised:
             self.counts.add(counted, token_ids[rows])
-        return Sampled(token_ids, self._logprobs(logits, token_ids, requests))
+        logprobs = self._logprobs(logits, token_ids, requests)
+        return Sampled(token_or_none(best, token_ids), logprobs)
 
     def _add_bias(self, scores: Tensor, rows: list[int], requests: Sequence[Request], positions: Sequence[int]) -> None:
         """Add logit_bias, and minus infinity to what would end a row before its min_tokens.
@@ -128,7 +134,7 @@ class Sampler:
         sums = _weights(scores, scores >= cut[:, None]).cumsum(-1)
         target = (u * sums[:, -1]).long()
         token_ids = torch.searchsorted(sums, target[:, None], right=True)[:, 0]
-        token_ids = token_ids.clamp_max(self.vocab_size - 1)  # a row of NaNs must not index past the embedding
+        token_ids = token_ids.clamp_max(self.vocab_size - 1)  # a row of NaNs must not index past the vocabulary
         return torch.where(cut == float("inf"), scores.argmax(-1), token_ids)
 
     def _raise_cut(self, scores: Tensor, cut: Tensor, params: list[SamplingParams]) -> Tensor:

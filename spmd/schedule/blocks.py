@@ -30,18 +30,28 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._unclean: list[int] = []
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def pop(self) -> int:
-        """A free block, forgetting the prefix it held. The caller has checked `num_free`."""
+    def pop(self, clean: bool = False) -> int:
+        """A free block, forgetting the prefix it held. The caller has checked `num_free`.
+
+        `clean`: it must not hold anything any more; see `take_unclean`.
+        """
         block, _ = self._free.popitem(last=False)
         self._holders[block] = 1
-        if (known := self._hash_of.pop(block, None)) is not None:
-            del self._block_of[known]
+        self._forget(block)
+        if clean:
+            self._unclean.append(block)
         return block
+
+    def take_unclean(self) -> list[int]:
+        """Blocks that have to be filled with zeros by the next plan before it runs, since these were asked for last."""
+        unclean, self._unclean = self._unclean, []
+        return unclean
 
     def find(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest known prefix of a chain of block hashes; not yet held by the caller."""
@@ -68,15 +78,26 @@ class BlockPool:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def _forget(self, block: int) -> None:
+        """Let nobody find this block any more, whoever holds it."""
+        if (known := self._hash_of.pop(block, None)) is not None:
+            del self._block_of[known]
+
+    def release(self, blocks: Sequence[int], spoilt: bool = False) -> None:
         """Give up one hold on each block of a request.
 
         The end of a chain is reused before its start (a prefix is worth more than what follows it), and blocks that
         nobody can find again before all others.
+
+        `spoilt`: let nobody find them, and clear those that nobody holds.
         """
         for block in reversed(blocks):
             self._holders[block] -= 1
+            if spoilt:
+                self._forget(block)
             if self._holders[block] == 0:
+                if spoilt:
+                    self._unclean.append(block)
                 self._free[block] = None
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)

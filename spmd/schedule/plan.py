@@ -22,6 +22,7 @@ class Plan:
     sample_rows: list[int] = field(default_factory=list)  # row of the forward that each of them is sampled from
     sample_positions: list[int] = field(default_factory=list)  # where each token will stand: tokens before it
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # of block tables: (seat, position, block)
+    cleared: list[int] = field(default_factory=list)  # blocks to be filled with zeros before the forward
     digests: tuple[int, ...] = ()  # digests of all plans so far, set by the engine; see `spmd.schedule.digests`
 
     @property

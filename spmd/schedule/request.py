@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+NO_TOKEN = -1  # stands where a token would, of a row whose logits are no finite numbers
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -89,6 +91,8 @@ class Request:
     num_registered: int = 0  # its first blocks that others may share
     retired: bool = False  # gets no more rows
     finished: bool = False  # its last token is committed; rows still in flight give it none
+    spoilt: bool = False  # got NO_TOKEN; rows still in flight give it none
+    alone: bool = False  # computed once more since, in blocks that were cleared and that nobody else has filled
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.tokens)

@@ -11,51 +11,30 @@ A request is in one of these places:
     in a slot   seated; in one of the last N plans (prompt chunks: several), its next token can't be computed yet
     ready       seated; its next token can be computed; least recently run first
     held        seated; in a plan that has matured but isn't committed; it `waits_for_token`
-    retired     seated; gets no more rows, but has some in flight
+    retired     seated; gets no more rows, but has some in flight; some of these, the spoilt, wait again behind that
 
 A plan of N ticks ago *matures*: its slot is used again, and its tokens are on the first stage's device. `commit` brings
 them to the host up to `lookahead` ticks later. Until then its requests are *in flight* and keep seat and blocks,
 wherever they are. Rows planned for a request before its end was known are ghosts: they give no token. A request that
 `waits_for_token` is ready only when both has happened, so it has no ghosts, and runs every N + lookahead ticks.
+
+NaN spreads: whatever is multiplied by it is NaN, also by the zero that attention gives to tokens that a row may not see
+(those behind it in a prompt, and what stands in a block behind its last token). So a row may get NO_TOKEN by what
+another has left in a block, or has computed for a prefix that both have. It is *spoilt* then: the prefix cache forgets
+its blocks, they are cleared before anybody else gets them, and it is computed a second time, *alone*: in blocks that
+are cleared as it takes them, and shared with nobody who came before. What it reads then is its own or zero. If it gets
+NO_TOKEN again, that is its own doing, and the leader ends it.
 """
 
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from spmd.integers import ceil_div, round_up
 from spmd.schedule.blocks import BlockPool, hash_block
+from spmd.schedule.limits import Counters, Limits
 from spmd.schedule.plan import Plan
-from spmd.schedule.request import Request
-
-
-@dataclass
-class Counters:
-    """What the scheduler did, for the summary."""
-
-    output_tokens: int = 0  # committed
-    preemptions: int = 0
-    queried_tokens: int = 0  # prompt tokens looked up in the prefix cache
-    cached_tokens: int = 0  # of these, found
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How large a plan may grow; see `spmd.config.SchedulerConfig` for the keys."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    decode_rows: int  # B: decode rows of one plan
-    slots: int  # N: micro-batches in the ring
-    lookahead: int = 0  # plans in flight beyond these
-    balanced: bool = True  # share the decodes equally among the slots
-    exclusive: bool = False  # a plan is all prefill or all decode
-    prefill_batch: int = 1
-    prefill_spread: int = 0
-    prefill_min: int = 1
-    by_priority: bool = False
-    decode_buckets: tuple[int, ...] = ()
+from spmd.schedule.request import NO_TOKEN, Request
 
 
 class Scheduler:
@@ -108,13 +87,18 @@ class Scheduler:
     def _mature(self, plan: Plan) -> None:
         """Let the requests go on that got a token from a plan of N ticks ago, unless it is the last they may have.
 
-        One that waits for this token and whose plan isn't committed yet goes on when it is.
+        One that waits for this token and whose plan isn't committed yet goes on when it is. One without a seat was
+        spoilt, and waits to be admitted again.
         """
         for request in plan.sampled:
             if request.scheduled >= request.full_length:
                 self._retire(request)
-            elif not (request.retired or (request.waits_for_token and request.scheduled == len(request.tokens))):
+            elif not (request.retired or request.seat < 0 or self._awaits_token(request)):
                 self.ready.append(request)
+
+    @staticmethod
+    def _awaits_token(request: Request) -> bool:
+        return request.waits_for_token and request.scheduled == len(request.tokens)
 
     def _retire(self, request: Request) -> None:
         if not request.retired:
@@ -162,7 +146,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        plan.new_blocks.append((request.seat, len(request.blocks), block := self.pool.pop()))
+        plan.new_blocks.append((request.seat, len(request.blocks), block := self.pool.pop(request.alone)))
         request.blocks.append(block)
         return True
 
@@ -234,7 +218,7 @@ class Scheduler:
             return None
         del self.waiting[0]
         self.pool.share(shared)
-        request.blocks = shared + [self.pool.pop() for _ in range(needed)]
+        request.blocks = shared + [self.pool.pop(request.alone) for _ in range(needed)]
         request.seat = self._free_seats.pop()
         request.num_registered = len(shared)
         request.scheduled = len(shared) * self.pool.block_size
@@ -247,7 +231,7 @@ class Scheduler:
 
     def _known_prefix(self, request: Request) -> list[int]:
         """Cached blocks of the request's tokens; never all of them, since the last token's logits must be computed."""
-        if not self.pool.caching:
+        if not self.pool.caching or request.alone:
             return []
         self._extend_hashes(request, (len(request.tokens) - 1) // self.pool.block_size)
         return self.pool.find(request.hashes[: (len(request.tokens) - 1) // self.pool.block_size])
@@ -260,6 +244,7 @@ class Scheduler:
 
     def _finalise(self, plan: Plan) -> None:
         """Decide the padding and who is sampled."""
+        plan.cleared = self.pool.take_unclean()
         plan.padded_decodes = plan.num_decodes
         if plan.num_decodes and not plan.num_prompt_tokens:
             plan.padded_decodes = next(rows for rows in self._row_counts if rows >= plan.num_decodes)
@@ -293,35 +278,52 @@ class Scheduler:
     def commit(self, plan: Plan, tokens: Sequence[int], finished: Sequence[bool]) -> list[Request]:
         """Take back the oldest plan in flight, with one token and one verdict for each of `plan.sampled`.
 
+        A request with NO_TOKEN that doesn't finish with it is computed once more.
+
         Returns:
-            The requests that finish with it. What is said of one that finished earlier is passed over.
+            The requests that finish with it. What is said of one that finished or was spoilt earlier is passed over.
         """
         for request in plan.requests:
             request.in_flight -= 1
-        done, ghosts, size = [], 0, self.pool.block_size
+        done, given = [], 0
         matured = not self._ring or plan.tick < self._ring[0].tick
         for request, token, ends in zip(plan.sampled, tokens, finished, strict=True):
-            if request.finished:
-                ghosts += 1
-            else:
-                request.tokens.append(token)
-                if len(request.tokens) % size == 0:
-                    self._register(request)
-                if not ends:
+            if not (request.finished or request.spoilt):
+                given += self._give(request, token)
+                if not (ends or request.spoilt):
                     if matured and request.waits_for_token and not request.retired:
                         self.ready.append(request)
                     continue
-                request.finished = True
                 self._retire(request)
-                done.append(request)
+                if ends:
+                    request.finished = True
+                    done.append(request)
             if not request.in_flight:
-                self._unseat(request)
-        self.counters.output_tokens += len(plan.sampled) - ghosts
+                self._leave(request)
+        self.counters.output_tokens += given
         return done
+
+    def _give(self, request: Request, token: int) -> bool:
+        """Append a token to a request; false for NO_TOKEN, which spoils it."""
+        if token == NO_TOKEN:
+            request.spoilt = True
+            return False
+        request.tokens.append(token)
+        if len(request.tokens) % self.pool.block_size == 0:
+            self._register(request)
+        return True
+
+    def _leave(self, request: Request) -> None:
+        """Take the seat of a request that is finished or spoilt; the latter waits to be computed once more, alone."""
+        self._unseat(request)
+        if not request.finished:
+            request.spoilt = request.retired = False
+            request.alone = True
+            self.add(request)
 
     def _unseat(self, request: Request) -> None:
         assert request.in_flight == 0, "a request in flight keeps its blocks"
-        self.pool.release(request.blocks)
+        self.pool.release(request.blocks, request.spoilt)
         self._free_seats.append(request.seat)
         request.blocks, request.seat, request.scheduled, request.num_registered = [], -1, 0, 0
 

@@ -62,7 +62,7 @@ def build_stage(
     sampler = Sampler(arch.vocab_size, device) if topology.is_leader else None
     buckets = s.decode_buckets if device.type == "cuda" and not m.enforce_eager else []
     backend = make_backend(m.attention_backend, decoder, cache, longest, buckets, m.decode_products != "torch")
-    stage = Stage(Forward(decoder, backend), inputs, channel, feedback, sampler)
+    stage = Stage(Forward(decoder, backend), cache, inputs, channel, feedback, sampler)
     if device.type == "cuda":
         stage.warm_up(min(rows, longest))
     for decodes in buckets if backend.capturable else ():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from spmd.backend.kv_cache import KVCache
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.hidden import HiddenChannel
 from spmd.report.clock import StageClock
@@ -20,12 +21,14 @@ class Stage:
     def __init__(
         self,
         forward: Forward,
+        cache: KVCache,
         inputs: InputBuilder,
         channel: HiddenChannel | None,
         feedback: TokenFeedback | None,
         sampler: Sampler | None,
     ) -> None:
         self.forward = forward
+        self.cache = cache
         self.inputs = inputs
         self.channel = channel
         self.feedback = feedback
@@ -41,6 +44,8 @@ class Stage:
         """See `spmd.engine.Stage`. Where replicas share a forward, an empty plan runs padding, unless all are empty."""
         if self.feedback:
             self.feedback.receive(plan)
+        if plan.cleared:
+            self.cache.clear(plan.cleared)
         if not plan.requests and not shared_rows:
             return None
         latest = self.feedback.latest if self.feedback else None

@@ -35,8 +35,8 @@ def test_logprobs_are_a_number_of_completions_and_a_flag_of_chat() -> None:
 
 
 def test_a_third_endpoint_is_one_more_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[list[int]]:
-        return text_prompts({"prompt": body["input"]}, tokenizer, vocab_size)
+    def prompts(body: Mapping[str, Any], tokenizer: Any, vocab_size: int, longest: int) -> list[list[int]]:
+        return text_prompts({"prompt": body["input"]}, tokenizer, vocab_size, longest)
 
     third = replace(
         COMPLETIONS,

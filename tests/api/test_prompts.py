@@ -7,7 +7,8 @@ import pytest
 
 from spmd.api.answers import Head, answer_line
 from spmd.api.choices import Completion
-from spmd.api.rows import MOST_CHOICES, BadRow, Job, RowParser
+from spmd.api.prompts import MOST_CHOICES
+from spmd.api.rows import BadRow, Job, RowParser
 from spmd.config import SamplingConfig
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -190,6 +191,7 @@ def test_each_prompt_has_the_room_behind_it() -> None:
         ({"prompt": [["a"]]}, "prompt[0] must be a list of token ids"),
         ({"prompt": [{"a": 1}]}, "prompt must be"),
         ({"prompt": 5}, "prompt must be a string, a list of token ids or a list of such"),
+        ({"prompt": ["a"] * 2049}, f"2049 prompts, at most {MOST_CHOICES}"),
         ({"prompt": ["a"] * 1025, "n": 2}, f"are 2050, at most {MOST_CHOICES}"),
         ({"prompt": ["a", [5] * 256]}, "the prompt has 256 tokens"),
         ({"prompt": [5], "add_special_tokens": True}, "add_special_tokens=true needs text"),

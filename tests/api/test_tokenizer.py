@@ -1,6 +1,6 @@
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from spmd.api import tokenizer as tokenizer_module
 from spmd.api.token_bytes import decode
 from spmd.api.tokenizer import CONTEXT, MOST_PENDING, StopChecker, load_generation_config, load_tokenizer, output_text
 from spmd.schedule.request import SamplingParams
+from tests.support.byte_fallback import bytes_of, make_byte_fallback, word
 from tests.support.tiny_tokenizer import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -31,8 +32,8 @@ def run(text: str, stop: Sequence[str], prompt: str = "hello", **options: Any) -
     checker = checker_of(ids(prompt), *stop, **options)
     for token in ids(text):
         if found := checker.push(token):
-            return found, checker.num_tokens, checker.text
-    return None, checker.num_tokens, checker.text
+            return found, len(checker.output), checker.text
+    return None, len(checker.output), checker.text
 
 
 def test_load_tokenizer(tmp_path: Path) -> None:
@@ -116,14 +117,67 @@ def test_special_tokens_within_a_stop_string() -> None:
     assert [checker.push(token) for token in (*ids("a"), TOKENIZER.eos_token_id)] == [None, "<eos>"]
 
 
-def test_growing_text_equals_the_text_decoded_at_once() -> None:
+def random_tokens(tokenizer: Any, chance: random.Random, wild: float) -> list[int]:
+    """Tokens of words and of characters of several bytes; each with probability `wild` any token of all."""
+    tokens: list[int] = []
+    while len(tokens) < 40:
+        text = chance.choice(["hello", " world", "€", "😀", "é", "a", "漢字"])
+        any_token = [chance.randrange(len(tokenizer))]
+        tokens += any_token if chance.random() < wild else tokenizer.encode(text, add_special_tokens=False)
+    return tokens
+
+
+def cases(tokenizer: Any, wild: tuple[float, ...]) -> Iterator[tuple[list[int], list[int], bool]]:
+    """Prompts and outputs, cut anywhere, also within a character; and whether to skip special tokens."""
     chance = random.Random(0)
-    for _ in range(50):
-        prompt, output = ([chance.randrange(len(TOKENIZER)) for _ in range(length)] for length in (9, 60))
-        prompt, output = prompt + ids("."), output + ids(".")  # both end with a whole character
-        checker = checker_of(prompt, "never to be found")
-        assert all(checker.push(token) is None for token in output)
-        assert checker.text == output_text(TOKENIZER, prompt, output, True)
+    for _ in range(400):
+        tokens, cut = random_tokens(tokenizer, chance, chance.choice(wild)), chance.randrange(1, 30)
+        yield tokens[:cut], tokens[cut:], chance.random() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "wild"),
+    [(TOKENIZER, (0.0, 0.2)), (make_byte_fallback(), (0.0,))],  # bytes that are no character spoil those before them
+    ids=["byte level", "byte fallback"],
+)
+def test_growing_text_equals_the_text_decoded_at_once(tokenizer: Any, wild: tuple[float, ...]) -> None:
+    for prompt, output, skip in cases(tokenizer, wild):
+        checker = StopChecker(tokenizer, prompt, SamplingParams(stop=("never found",), skip_special_tokens=skip))
+        for length, token in enumerate(output, start=1):
+            assert checker.push(token) is None
+            assert checker.text == output_text(tokenizer, prompt, output[:length], skip)
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, make_byte_fallback()], ids=["byte level", "byte fallback"])
+def test_a_stop_string_cuts_the_text_that_the_answer_would_have(tokenizer: Any) -> None:
+    chance, found = random.Random(1), 0
+    for prompt, output, skip in cases(tokenizer, (0.0, 0.2)):
+        whole = output_text(tokenizer, prompt, output, skip)
+        at = chance.randrange(max(1, len(whole) - 1))
+        stop = whole[at : at + chance.randrange(1, 4)]
+        if not stop or "\N{REPLACEMENT CHARACTER}" in stop:
+            continue
+        checker = StopChecker(tokenizer, prompt, SamplingParams(stop=(stop,), skip_special_tokens=skip))
+        length = next(length for length, token in enumerate(output, start=1) if checker.push(token) == stop)
+        text = output_text(tokenizer, prompt, output[:length], skip)
+        assert checker.text == text[: text.index(stop)]
+        found += 1
+    assert found > 100
+
+
+def test_a_character_that_the_prompt_began_is_the_first_of_the_output() -> None:
+    euro = ids("€")
+    checker = checker_of([*ids("hello"), *euro[:2]], "never found")
+    assert [checker.push(token) for token in [*euro[2:], *ids("x")]] == [None, None]
+    assert checker.text == "€x"
+    checker = checker_of([*ids("hello"), *euro[:2]], "€")
+    assert checker.push(euro[2]) == "€" and checker.text == ""
+
+
+def test_a_space_in_front_of_half_a_character_is_kept() -> None:
+    tokenizer = make_byte_fallback()
+    output = [word("a"), word("\N{LOWER ONE EIGHTH BLOCK}"), bytes_of("é")[0]]
+    assert output_text(tokenizer, [word("a")], output, True) == "a "
 
 
 @pytest.mark.parametrize("kind", ["skipped", "half"])
@@ -139,7 +193,7 @@ def test_tokens_that_bring_no_text_cost_no_more_the_more_there_are(kind: str, mo
     monkeypatch.setattr(tokenizer_module, "decode", counting)
     checker = checker_of(ids("hello"), "stop")
     assert all(checker.push(token) is None for _ in range(500))
-    assert max(decoded) <= 2 * MOST_PENDING + CONTEXT and len(decoded) <= 3 * 500
+    assert max(decoded) <= 2 * MOST_PENDING + CONTEXT and len(decoded) <= 5 * 500
     assert [checker.push(token) for token in ids(" stop")][-1] == "stop", "it goes on looking"
 
 

@@ -67,6 +67,23 @@ def test_choice_is_softmax_and_topk(shape: Shape, normalize: bool) -> None:
     assert not chosen.x[shape.tokens :].any() and (chosen.experts[shape.tokens :] == -1).all()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_row_without_numbers_chooses_distinct_experts_and_stays_without(value: str, normalize: bool) -> None:
+    """Chosen twice, an expert would have more rows than its list has places."""
+    from spmd.backend.cuda.expert_kernels import choose
+
+    x, count, top_k = torch.ones(3, 64, dtype=torch.bfloat16, device=DEVICE), 6, 4
+    logits = torch.arange(3 * count, device=DEVICE).view(3, count).to(torch.bfloat16)
+    whole = Routed.unpacked(choose(x, logits, 3, top_k, normalize), top_k)
+    logits[0], logits[1, 2] = float(value), float("nan") if value == "-inf" else float(value)
+    chosen = Routed.unpacked(choose(x, logits, 3, top_k, normalize), top_k)
+    for row in chosen.experts.tolist():
+        assert len(set(row)) == top_k and all(0 <= expert < count for expert in row)
+    assert chosen.weights[:2].isnan().any(dim=1).all()
+    assert torch.equal(chosen.weights[2], whole.weights[2]) and torch.equal(chosen.experts[2], whole.experts[2])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("few", [True, False])
 def test_this_ranks_share(shape: Shape, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,11 @@ def configured(backend: str, block_size: int) -> Config:
     )
 
 
-def run(decoder: Decoder, backend: str, block_size: int) -> Iterator[tuple[str, Tensor]]:
-    """The kind of each plan of the script, and the logits it gives, `[S, vocab]`."""
+def run(decoder: Decoder, backend: str, block_size: int, alone: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The kind of each plan of the script, and the logits it gives, `[S, vocab]`.
+
+    `alone`: all requests are computed alone, in a cache that is full of NaN at first.
+    """
     config = configured(backend, block_size)
     settings = settled(config, decoder.arch, DEVICE.type, NUM_BLOCKS)
     stage = build_stage(settings, decoder, Topology(), Groups(), DEVICE)
@@ -95,11 +98,16 @@ def run(decoder: Decoder, backend: str, block_size: int) -> Iterator[tuple[str, 
     scheduler = build_scheduler(settings)
     for index, (prompt_len, max_tokens) in enumerate(LENGTHS):
         prompt = [token_at(index, position) for position in range(prompt_len)]
-        scheduler.add(Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens)))
+        scheduler.add(Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens), alone=alone))
+    if alone:
+        stage.cache.keys.fill_(float("nan"))
+        stage.cache.values.fill_(float("nan"))
     for tick in count():
         plan = scheduler.schedule(tick)
         if not plan.requests:
             break
+        if plan.cleared:
+            stage.cache.clear(plan.cleared)
         logits = stage.forward(*stage.inputs.build(plan))
         yield kind(plan), logits[: len(plan.sampled)].to(torch.float32, copy=True)
         sampled = list(zip(plan.sampled, plan.sample_positions, strict=True))
@@ -117,11 +125,11 @@ def kind(plan: Plan) -> str:
     return "decodes" if plan.num_decodes == plan.padded_decodes else "padded decodes"
 
 
-def compare(arch: Architecture, backend: str, block_size: int = 16) -> None:
+def compare(arch: Architecture, backend: str, block_size: int = 16, alone: bool = False) -> None:
     if backend.startswith("flashinfer") and (reason := why_not(arch, block_size, DEVICE)):
         pytest.skip(reason)
     narrow, wide = decoders(arch)
-    logits, expected = by_kind(run(narrow, backend, block_size)), by_kind(run(wide, "torch", block_size))
+    logits, expected = by_kind(run(narrow, backend, block_size, alone)), by_kind(run(wide, "torch", block_size))
     assert logits.keys() == expected.keys() == KINDS
     errors = {what: float((logits[what] - expected[what]).norm() / expected[what].norm()) for what in KINDS}
     assert max(errors.values()) < TOLERANCE, errors
@@ -141,6 +149,20 @@ def by_kind(found: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_logits(head_dim: int, window: int | None, qk_norm: bool, backend: str) -> None:
     compare(shape(head_dim, window, qk_norm), backend)
+
+
+@everywhere
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("window", [None, 24])
+def test_rows_that_are_computed_alone_read_nothing_of_others(window: int | None, block_size: int, backend: str) -> None:
+    """Neither what stands in any other block, the null block included, nor what stood in theirs: all of it is NaN."""
+    compare(shape(128, window, True), backend, block_size, alone=True)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("flashinfer_graphs", marks=gpu)])
+def test_rows_that_are_computed_alone_in_wide_batches(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spmd.backend.cuda.flashinfer.MIN_WIDE_ROWS_TIMES_HEADS", 1)
+    compare(shape(128, None, True), backend, block_size=64, alone=True)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("flashinfer_graphs", marks=gpu)])

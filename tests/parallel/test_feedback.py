@@ -10,7 +10,7 @@ import torch
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.groups import connect
 from spmd.schedule.plan import Plan
-from spmd.schedule.request import Request, SamplingParams
+from spmd.schedule.request import NO_TOKEN, Request, SamplingParams
 from spmd.topology import Topology
 from tests.support.ranks import Ranks
 
@@ -113,6 +113,13 @@ def test_a_leader_that_is_the_first_stage_needs_no_group() -> None:
         if plan.sampled:
             wire.send(plan, torch.tensor(tokens))
         assert wire.latest.tolist() == expected(script[: tick + 1])
+
+
+def test_what_a_forward_embeds_is_in_the_vocabulary_where_a_row_got_no_token() -> None:
+    wire = TokenFeedback(Topology(), None, SEATS, 1, torch.device("cpu"))
+    plan = Plan(0, sampled=[Request(seat, 0, [1], SamplingParams(), seat=seat) for seat in (2, 4)])
+    wire.send(plan, torch.tensor([NO_TOKEN, 7]))
+    assert wire.latest.tolist() == [0, 0, 0, 0, 7, 0, 0]
 
 
 @pytest.mark.gpu

@@ -1,11 +1,14 @@
 """Collectives of a stage's ranks: the argmax over a vocabulary that is split among them."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from spmd.parallel.groups import connect
-from spmd.parallel.tensor import TensorParallel
+from spmd.parallel.tensor import TensorParallel, likeliest
+from spmd.schedule.request import NO_TOKEN
 from spmd.topology import Topology
 from tests.support.ranks import Ranks
 
@@ -26,6 +29,13 @@ def argmaxes(rank: int, size: int, batches: list[Tensor], device: str) -> list[l
     return [tokens.tolist() for tokens in found]
 
 
+def argmax(batch: Tensor) -> list[int]:
+    """Of each row, and NO_TOKEN where the largest is no finite number."""
+    best = [max(row) if not any(map(math.isnan, row)) else math.nan for row in batch.tolist()]
+    chosen = batch.argmax(-1).tolist()
+    return [token if math.isfinite(top) else NO_TOKEN for token, top in zip(chosen, best, strict=True)]
+
+
 def ties() -> Tensor:
     """Rows of 11 logits whose largest stands in several places, in one slice and in several."""
     rows = torch.full((5, 11), -1.0)
@@ -38,6 +48,7 @@ def batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     nan = ties()
     nan[1, 9] = nan[2, 0] = float("nan")
+    nan[3, 4], nan[4, 10] = float("inf"), float("-inf")
     return [
         *(torch.randn(7, vocab, generator=generator) for vocab in (5, 6, 50, 1_001)),
         torch.randn(64, 301, generator=generator).to(torch.bfloat16),  # hardly a row without equal logits near the top
@@ -53,7 +64,9 @@ def batches() -> list[Tensor]:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_argmax_over_slices_is_that_of_the_whole_on_every_rank(ranks: Ranks, size: int) -> None:
-    expected = [batch.argmax(-1).tolist() for batch in batches()]
+    expected = [argmax(batch) for batch in batches()]
+    assert expected[-1] == [0, NO_TOKEN, NO_TOKEN, NO_TOKEN, 0] and expected[7] == [NO_TOKEN] * 2
+    assert [likeliest(batch).tolist() for batch in batches()] == expected
     assert ranks.run(size, argmaxes, size, batches(), "cpu") == [expected] * size
 
 

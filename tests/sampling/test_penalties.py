@@ -7,7 +7,7 @@ import torch
 
 from spmd.sampling.sampler import Sampler
 from spmd.schedule.request import Request
-from tests.support.sampling import VOCAB, here, logits, request
+from tests.support.sampling import VOCAB, here, logits, request, sample
 
 
 def penalised(row: list[float], made: Request) -> list[float]:
@@ -117,3 +117,16 @@ def test_the_last_rows_of_an_ended_request_harm_no_other() -> None:
         mixed = sampler.sample(scores, [*heirs, *last], [7 + tick] * 8 + [1 + tick] * 8)
         assert mixed.fetch()[0] == alone.sample(scores, [*copies, *others], [7 + tick] * 8 + [1 + tick] * 8).fetch()[0]
     assert len(sampler.counts.table) == 16
+
+
+def test_a_request_computed_once_more_is_counted_anew() -> None:
+    """What was counted when it got no token, and for ghosts behind that, is in no answer."""
+    scores, counts = logits(1), Sampler(VOCAB, "cpu")
+    again, fresh = (request(temperature=0.0, frequency_penalty=2.0, output=[5]) for _ in range(2))
+    for position in (4, 5, 6):
+        counts.sample(scores, [again], [position])
+    again.alone = True
+    for position in (4, 5):
+        tokens = counts.sample(scores, [again], [position]).token_ids.tolist()
+        assert tokens == sample(scores, [fresh])
+        fresh.tokens += tokens

@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from spmd.sampling.sampler import Sampler, plain_greedy, uniform
-from spmd.schedule.request import Request, SamplingParams, token_logprobs
+from spmd.schedule.request import NO_TOKEN, Request, SamplingParams, token_logprobs
 from tests.support.sampling import VARIED, VOCAB, here, logits, request, sample
 
 
@@ -242,14 +243,35 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert answers[0][1] == VOCAB  # the bias chose it, the raw logits say how unlikely it was
 
 
-def test_a_row_of_nans_stays_in_the_vocabulary_and_harms_no_other() -> None:
-    scores = logits(2)
-    made = [request(stream=1, top_p=0.9), request(stream=2, top_p=0.9)]
-    good = sample(scores, made)[1]
+@pytest.mark.parametrize("broken", ["all nan", "one nan", "one inf", "all -inf"])
+def test_a_row_without_numbers_gets_no_token_and_harms_no_other(broken: str) -> None:
+    """Whatever the row asks for, and whatever the row beside it does; greedy rows alone, too."""
+    plain: dict[str, Any] = {"temperature": 0.0}
+    for params, beside in [*product(VARIED, VARIED), (plain, plain)]:
+        scores = logits(2)
+        asked: dict[str, Any] = {"logprobs": 2} | params if params.get("temperature") else params
+        good = sample(scores, [request(**asked), request(**beside)])[1]
+        many, _, what = broken.partition(" ")
+        scores[0, slice(None) if many == "all" else 11] = float(what)
+        assert sample(scores, [request(**asked), request(**beside)]) == [NO_TOKEN, good]
+
+
+def test_counts_of_penalties_stay_right_behind_a_row_without_numbers() -> None:
+    scores, sampler = logits(2), Sampler(VOCAB, "cpu")
+    bad, good, alone = (request(temperature=0.0, frequency_penalty=2.0) for _ in range(3))
     scores[0] = float("nan")
-    tokens = sample(scores, made)
-    assert 0 <= tokens[0] < VOCAB
-    assert tokens[1] == good
+    for position in (3, 4, 5):
+        tokens = sampler.sample(scores, [bad, good], [position] * 2).token_ids.tolist()
+        alone.tokens += sample(scores[1:], [alone])
+        assert tokens == [NO_TOKEN, alone.tokens[-1]]
+
+
+def test_infinities_that_are_not_the_best_are_no_fault() -> None:
+    scores = logits(1)
+    scores[0, 5:] = float("-inf")
+    best = int(scores.argmax())
+    assert sample(scores, [request(temperature=0.0)]) == [best]
+    assert 0 <= sample(scores, [request(stream=3)])[0] < 5
 
 
 def test_no_rows_no_tokens() -> None:

@@ -11,7 +11,7 @@ from spmd.bench.balance import lognormal_jobs, make_job
 from spmd.bench.simulation import Fleet
 from spmd.parallel.replicas import Alone
 from spmd.schedule.balance import EXHAUSTED, Balance, Demand, Gate, Load, Rules, Turns
-from spmd.schedule.scheduler import Limits
+from spmd.schedule.limits import Limits
 
 GATES = ("off", "saturated", "near", "interval")
 

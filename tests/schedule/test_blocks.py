@@ -68,3 +68,18 @@ def test_check_sees_a_leak() -> None:
     pool.pop()
     with pytest.raises(AssertionError):
         pool.check([])
+
+
+def test_blocks_of_a_spoilt_request_are_found_by_nobody_and_cleared_when_nobody_holds_them() -> None:
+    pool = BlockPool(5, 2, caching=True)
+    hashes = chain([1, 2], [3, 4])
+    held = [pool.pop(), pool.pop()]
+    for block, digest in zip(held, hashes, strict=True):
+        pool.register(block, digest)
+    pool.share(held[:1])
+    pool.release(held, spoilt=True)
+    assert pool.find(hashes) == []
+    assert pool.take_unclean() == held[1:] and pool.take_unclean() == []
+    pool.check([held[:1]])
+    clean = pool.pop(clean=True)
+    assert pool.take_unclean() == [clean]

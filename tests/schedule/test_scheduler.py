@@ -8,7 +8,15 @@ import pytest
 from spmd.parallel.replicas import Alone
 from spmd.schedule.balance import Rules
 from spmd.schedule.digests import DigestChain
-from tests.support.simulation import Simulation, expected_output, make_request, make_scheduler, run_all
+from spmd.schedule.request import NO_TOKEN, Request
+from tests.support.simulation import (
+    Simulation,
+    expected_output,
+    make_request,
+    make_scheduler,
+    next_token,
+    run_all,
+)
 
 
 def decode_only(simulation: Simulation, first_tick: int = 0) -> list[list[int]]:
@@ -265,3 +273,63 @@ def test_without_admission_seated_prompts_and_decodes_go_on(exclusive: bool, pre
     assert simulation.scheduler.waiting == [late] and len(seated.output) > 0
     gated.closed = False
     assert sorted(request.index for request in simulation.run()) == [0, 1]
+
+
+def test_a_spoilt_request_is_computed_once_more_in_cleared_blocks_and_its_old_ones_are_found_by_nobody() -> None:
+    scheduler, prompt = make_scheduler(4, 1), [*range(9)]
+    first, beside, later = (make_request(i, prompt, max_tokens=20) for i in range(3))
+    scheduler.add(first)
+    scheduler.add(beside)  # which finds the prefix of the first
+    plan = scheduler.schedule(0)
+    shared, given_back = first.blocks[:2], first.blocks[2:]
+    assert beside.blocks[:2] == shared and not plan.cleared
+    assert scheduler.commit(plan, [NO_TOKEN, 7], [False, False]) == []
+    assert (first.seat, first.alone, list(first.output)) == (-1, True, [])
+    scheduler.add(later)
+    plan = scheduler.schedule(1)
+    assert plan.starts[plan.requests.index(first)] == 0 and not {*first.blocks} & {*beside.blocks}
+    assert {*plan.cleared} == {*given_back, *first.blocks}
+    assert later.blocks[:2] == first.blocks[:2], "what is computed alone may be shared"
+    scheduler.commit(plan, [7, 7, 7], [False, False, False])
+    while len(first.blocks) < 4:
+        plan = scheduler.schedule(plan.tick + 1)
+        scheduler.commit(plan, [7] * len(plan.sampled), [False] * len(plan.sampled))
+    assert plan.cleared == [first.blocks[3]]
+    assert list(first.output)[:2] == [7, 7]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_spoilt_requests_lose_no_token_however_plans_are_made(seed: int) -> None:
+    rng = random.Random(seed)
+    lookahead, pp, caching = rng.randrange(3), rng.choice([1, 2]), rng.random() < 0.7
+    scheduler = make_scheduler(6, pp, rng.randrange(2), rng.choice([12, 60]), caching=caching, lookahead=lookahead)
+    heads = [[*range(rng.randrange(1, 12))] for _ in range(2)]
+    requests = [make_request(i, [*rng.choice(heads), i], rng.randrange(2, 16), waits=i % 7 == 0) for i in range(24)]
+    spoilt = {rng.randrange(24): rng.randrange(6) for _ in range(12)}
+    given = []
+
+    def token(request: Request) -> int:
+        if not request.alone and spoilt.get(request.index) == len(request.output) < request.params.max_tokens - 1:
+            given.append(request.index)
+            return NO_TOKEN
+        return next_token(request)
+
+    simulation = Simulation(scheduler).add(requests)
+    simulation.results.token = token
+    assert sorted(request.index for request in simulation.run()) == [*range(24)]
+    assert all(list(request.output) == expected_output(request) for request in requests)
+    assert given and {request.index for request in requests if request.alone} == {*given}
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_request_without_a_token_ends_and_gives_back_all_it_had(lookahead: int) -> None:
+    scheduler = make_scheduler(4, 1, lookahead=lookahead)
+    request = make_request(0, prompt=9, max_tokens=20)
+    scheduler.add(request)
+    plans = [scheduler.schedule(tick) for tick in range(1 + lookahead)]
+    assert scheduler.commit(plans[0], [NO_TOKEN], [True]) == [request]
+    for ghost in plans[1:]:
+        assert scheduler.commit(ghost, [7] * len(ghost.sampled), [True] * len(ghost.sampled)) == []
+    scheduler.check([])
+    assert (scheduler.num_requests, scheduler.counters.output_tokens) == (0, 0)
+    assert list(request.output) == [] and request.blocks == []

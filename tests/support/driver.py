@@ -48,6 +48,8 @@ class Report:
     num_blocks: int
     samples: bool  # whether this rank has a sampler
     answers: dict[str, Answer] = field(default_factory=dict)  # on the leader of a replica
+    errors: dict[str, str] = field(default_factory=dict)  # messages of rows without an answer, likewise
+    failed: int = 0  # rows that the metrics count as such
     ticks: list[Tick] = field(default_factory=list)
     preemptions: int = 0
     cached_tokens: int = 0
@@ -104,6 +106,7 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = (), stop: Stop
     writer = AnswerWriter(tokenizer(), "tested", _keep(report))
     leader = Leader(tokenizer(), Metrics(), writer) if topology.is_leader else None
     worker.run(reader, leader, _watch(report, random.Random(rank), delays_ms[rank] if delays_ms else 0.0))
+    report.failed = leader.metrics.rows_failed if leader else 0
     report.stopped = worker.stop.stopped
     return report
 
@@ -111,10 +114,12 @@ def drive(rank: int, config: Config, delays_ms: Sequence[float] = (), stop: Stop
 def _keep(report: Report) -> Callable[[int, str, int | None, bool], None]:
     def write(index: int, line: str, key: int | None, failed: bool) -> None:
         answer = json.loads(line)
-        assert answer["error"] is None, answer
+        assert answer["custom_id"] not in report.answers | report.errors, "answered twice"
+        if failed:
+            report.errors[answer["custom_id"]] = answer["error"]["message"]
+            return
         choices = answer["response"]["body"]["choices"]
         kept = [(choice["token_ids"], choice["finish_reason"], choice["stop_reason"]) for choice in choices]
-        assert answer["custom_id"] not in report.answers, "answered twice"
         report.answers[answer["custom_id"]] = kept
 
     return write
@@ -160,6 +165,11 @@ def run(ranks: Ranks, config: Config, drive: Callable[..., Report] = drive, *arg
             assert other.num_blocks == first.num_blocks
         assert [rank for rank in replica if reports[rank].samples] == [replica[-t.tp]]
     return reports
+
+
+def errors(reports: list[Report]) -> dict[str, str]:
+    """Why rows have no answer, of all replicas."""
+    return {custom_id: message for report in reports for custom_id, message in report.errors.items()}
 
 
 def answers(reports: list[Report]) -> dict[str, Answer]:

@@ -9,9 +9,10 @@ from spmd.engine import Engine, Replicas
 from spmd.parallel.replicas import Alone
 from spmd.schedule.balance import Rules
 from spmd.schedule.blocks import BlockPool
+from spmd.schedule.limits import Limits
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request, SamplingParams
-from spmd.schedule.scheduler import Limits, Scheduler
+from spmd.schedule.scheduler import Scheduler
 
 
 def make_scheduler(

@@ -203,7 +203,8 @@ def _choose(
             values = tl.load(x + row * hidden + column, column < hidden * here, 0)
             logit = tl.where(expert < count, logit, -float("inf"))
             power = tl.exp(logit - tl.max(logit, 0))
-            total = tl.sum(power, 0)
+            total = tl.sum(power, 0)  # NaN of a row without numbers, and so its weights
+            power = tl.where(power == power, power, 0.0)  # lists have one place a row: it, too, takes distinct experts
             weights, chosen = tl.zeros([choices], tl.float32), tl.zeros([choices], tl.int32)
             for k in tl.static_range(top_k):
                 best, index = tl.max(power, 0, return_indices=True)
@@ -211,7 +212,7 @@ def _choose(
                 chosen = tl.where(choice == k, (index + 1) * here, chosen)
                 power = tl.where(expert == index, -1.0, power)
             if normalize:
-                total = tl.sum(weights, 0)
+                total = tl.where(total == total, tl.sum(weights, 0), total)
             for rank in tl.static_range(ranks):
                 tl.store(targets[rank] + place + column, values, column < hidden)
                 tl.store(targets[rank] + place + hidden + choice, weights / total, choice < top_k)

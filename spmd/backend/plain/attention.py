@@ -38,7 +38,7 @@ class AttentionPlan:
         self.cache = cache
         self.group = num_heads // cache.kv_heads
         self.write_index = cache.write_index(batch.slots(cache.block_size))
-        self.decode_index = cache.read_index(batch.tables[batch.seats[: batch.num_decodes], : batch.width])
+        self.decode_index = cache.read_index(self._decode_tables())
         # A chunk that starts its prompt has its keys at hand and reads nothing from the cache.
         self.span_index = [
             cache.read_index(self._table(span)) if span.kv_len > span.count else None for span in batch.prefills
@@ -77,6 +77,14 @@ class AttentionPlan:
         queries = q[tile.rows].unflatten(1, (kv_heads, self.group)).permute(1, 2, 0, 3)
         out = attend(queries.reshape(kv_heads, -1, head_dim), keys[:, tile.keys], values[:, tile.keys], tile.mask)
         return out.view(kv_heads, self.group, -1, head_dim).permute(2, 0, 1, 3).flatten(1)
+
+    def _decode_tables(self) -> Tensor:
+        """`[R, width]`: each row's blocks, and behind its last one its first again: nobody else's are read."""
+        rows = slice(self.batch.num_decodes)
+        tables = self.batch.tables[self.batch.seats[rows], : self.batch.width]
+        last = self.batch.positions[rows, None] // self.cache.block_size
+        behind = torch.arange(self.batch.width, device=last.device) > last
+        return torch.where(behind, tables[:, :1], tables)
 
     def _decode_mask(self, window: int | None) -> Tensor:
         """`[R * kv_heads, 1, width * block_size]`, since the products take no broadcast over part of a batch."""
