@@ -249,9 +249,10 @@ class Config:
     output: str | None = key(None, "The file of answers.")
     errors: str | None = key(None, "A file of those answers that are errors, beside the output. null: none.")
     input_workers: int | None = key(
-        None, "Processes a node that tokenize rows ahead. null: two a rank, at most half of the cores that ranks leave.",
+        None,
+        "Processes a node that tokenize rows ahead. null: two a rank, at most half the cores ranks leave.",
         least=1,
-    )  # fmt: skip
+    )
     output_order: str = key(
         "input", "How answers stand at the end: in input order, or as they finished.", choices=("input", "completion")
     )
