@@ -26,6 +26,17 @@ if [ -z "$python" ]; then
   [ -x "$python" ] || python=python3
 fi
 
+args=()
+for arg in "$@"; do  # of what a shell opens, as in input=<(zcat in.jsonl.gz), only standard input reaches the ranks
+  case $arg in
+    input=/dev/fd/* | input=/proc/self/fd/*)
+      exec <"${arg#input=}"
+      arg=input=- ;;
+  esac
+  args+=("$arg")
+done
+set -- ${args[@]+"${args[@]}"}
+
 for arg in "--prog=$prog" "$@"; do  # what only prints needs no ranks
   case $arg in
     --prog=preflight | -h | --help | --hydra-help | --version | -c | --cfg | --cfg=* | -i | --info | --info=*)

@@ -10,7 +10,9 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 
-def key(default: Any, help: str, *, choices: Sequence[str] = (), least: float | None = None) -> Any:
+def key(
+    default: Any, help: str, *, choices: Sequence[str] = (), least: float | None = None, kind: str | None = None
+) -> Any:
     """A field of the schema.
 
     Args:
@@ -18,8 +20,9 @@ def key(default: Any, help: str, *, choices: Sequence[str] = (), least: float | 
         help: what the key does and, where its default is null, what null comes to.
         choices: the values that a text may have; empty: any.
         least: the smallest number allowed.
+        kind: what values there are, where the type, of those that OmegaConf knows, can't say it.
     """
-    metadata = {"help": help, "choices": tuple(choices), "least": least}
+    metadata = {"help": help, "choices": tuple(choices), "least": least, "kind": kind}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -245,7 +248,12 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
-    input: str | None = key(None, "The file of rows, one JSON object a line.")
+    input: Any = key(
+        None,
+        "The rows: a file, a pattern of names, a list of such, or - for standard input. JSON, one object a line or an "
+        "array of objects, perhaps compressed.",
+        kind="text or list of texts",
+    )
     output: str | None = key(None, "The file of answers.")
     errors: str | None = key(None, "A file of those answers that are errors, beside the output. null: none.")
     input_workers: int | None = key(

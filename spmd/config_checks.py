@@ -1,6 +1,7 @@
 """Which configurations can't be, and which are rarely meant: all that is known without the model."""
 
 from spmd.config import Config, keys, value_of
+from spmd.messages import show
 
 
 def check(config: Config, world_size: int) -> None:
@@ -70,6 +71,9 @@ def _check_processes(config: Config, world_size: int) -> None:
 
 
 def _check_lists(config: Config) -> None:
+    given = [] if config.input is None else config.input
+    if not isinstance(given, str | list) or not all(isinstance(path, str) for path in given):
+        raise ValueError(f"input={show(given)} must be a file or a list of files, as in input=[a.jsonl,b.jsonl]")
     if (shard := config.shard) is not None and not (len(shard) == 2 and 0 <= shard[0] < shard[1]):
         raise ValueError(f"shard={shard} must be null or two numbers [i, n] with 0 <= i < n: the i-th of n, from 0 on")
     if (ticks := config.profile.ticks) is not None and not (len(ticks) == 2 and 0 <= ticks[0] < ticks[1]):

@@ -93,6 +93,7 @@ def _finish(
     assert files.journal
     unused = files.journal.finish(parts, reader.done, done, files.settings.output_order == "completion")
     earlier = f"{reader.done.num_set:,}"
+    files.drop_spooled()
     if metrics:
         print(table(metrics))
         if reader.done.num_set:

@@ -19,6 +19,9 @@ from spmd.api.rows import BadRow, RowParser
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.config_checks import check, warnings
+from spmd.formats.content import is_plain
+from spmd.formats.sources import find_sources
+from spmd.formats.spool import sample
 from spmd.journal.paths import Paths, check_errors, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
@@ -68,9 +71,9 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
     parser = _parser(settings, _capacity(settings, device) if device else settings.model.max_model_len)
     yield "tokenizer", [_tokenizer(parser)]
     if config.input is not None:
-        yield "input", _input(config.input, parser, config.shard)
+        yield "input", _input(config, parser)
     if config.output is not None:
-        yield "output", [_output(shard_output(config.output, config.shard), config.input)]
+        yield "output", [_output(shard_output(config.output, config.shard), _inputs(config))]
         if config.errors is not None:
             yield "errors", [_errors(shard_output(config.errors, config.shard), config)]
     yield "logs", [_logs(config)]
@@ -165,13 +168,32 @@ def _tokenizer(parser: RowParser) -> str:
     return f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, {chat} chat template"
 
 
-def _input(path: str, parser: RowParser, shard: Sequence[int] | None) -> list[str]:
-    """Its first rows, read as a run would.
+def _inputs(config: Config) -> list[str]:
+    """The files that are meant."""
+    return [source.path for source in find_sources(config.input)] if config.input is not None else []
+
+
+def _input(config: Config, parser: RowParser) -> list[str]:
+    """The first rows, read as a run would.
 
     Raises:
-        ValueError: it can't be read, or none of them can be answered.
+        ValueError: the input can't be read, or none of them can be answered.
     """
-    reader, good = Reader(path, parser, shard=shard), 0
+    sources = find_sources(config.input)
+    name = sources[0].path if len(sources) == 1 else f"{len(sources):,} files"
+    if sources[0].streamed:
+        return [f"{name}: not looked at, for it can be read only once"]
+    if len(sources) == 1 and is_plain(sources[0]):
+        return _rows(name, Reader(name, parser, shard=config.shard), parser)
+    with tempfile.NamedTemporaryFile() as file:
+        size = file.write(sample(sources, SAMPLE_BYTES))
+        file.flush()
+        told, *more = _rows(name, Reader(file.name, parser, shard=config.shard), parser)
+    return [f"{told}; there may be more, this is of a beginning" if size > SAMPLE_BYTES // 2 else told, *more]
+
+
+def _rows(path: str, reader: Reader, parser: RowParser) -> list[str]:
+    good = 0
     bad: list[str] = []
     while good + len(bad) < SAMPLE_ROWS and reader.consumed < min(SAMPLE_BYTES, reader.size):
         row = reader.next_row(True)
@@ -190,11 +212,11 @@ def _input(path: str, parser: RowParser, shard: Sequence[int] | None) -> list[st
     return [told, *bad[:SHOWN], *warnings]
 
 
-def _output(output: str, input: str | None) -> str:
+def _output(output: str, inputs: Sequence[str]) -> str:
     paths = Paths.of(output)
     if paths.output.exists() and not paths.output.is_file():
         raise ValueError(f"output={output} is {'a directory' if paths.output.is_dir() else 'no regular file'}")
-    if input is not None and Path(input).resolve() == paths.output:
+    if paths.output in (Path(input).resolve() for input in inputs):
         raise ValueError(f"output={output} is the input: it would be overwritten")
     free = _writable(paths.output.parent, f"output={output}")
     earlier = "; answers of an earlier run are there" if paths.folder.exists() or paths.output.exists() else ""
@@ -203,7 +225,7 @@ def _output(output: str, input: str | None) -> str:
 
 def _errors(errors: str, config: Config) -> str:
     assert config.output is not None
-    path = check_errors(errors, Paths.of(shard_output(config.output, config.shard)), config.input)
+    path = check_errors(errors, Paths.of(shard_output(config.output, config.shard)), _inputs(config))
     return f"{errors}: {readable(_writable(path.parent, f'errors={errors}'))} free"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -13,6 +14,9 @@ from spmd.api.reader import Reader, check_input, input_digest
 from spmd.api.rows import BadRow
 from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
+from spmd.formats.content import is_plain
+from spmd.formats.sources import Source, find_sources
+from spmd.formats.spool import remove, spool
 from spmd.journal.fingerprint import fingerprint, first_form
 from spmd.journal.identity import told_earlier
 from spmd.journal.journal import Journal
@@ -33,21 +37,22 @@ from spmd.topology import Topology
 class Snapshot:
     """What rank 0 finds when a run begins, for all ranks, so that they go through the same rows."""
 
-    size: int  # bytes of input
+    input: str  # the file to read
+    size: int  # its bytes
     done: bytes  # keys of rows to pass over
     header: dict[str, Any]  # of all files of answers
     now: datetime
 
 
-def check_paths(config: Config) -> tuple[str, str]:
-    """The input and the output of a run.
+def check_paths(config: Config) -> tuple[list[str], str]:
+    """What is given as the input, and the output of a run.
 
     Raises:
         ValueError: one of them isn't given.
     """
     if config.input is None or config.output is None:
         raise ValueError("input and output must be set: input=prompts.jsonl output=answers.jsonl")
-    return config.input, config.output
+    return [config.input] if isinstance(config.input, str) else config.input, config.output
 
 
 class RunFiles:
@@ -66,19 +71,32 @@ class RunFiles:
         self.journal: Journal | None = None
 
     def open(self) -> Snapshot | None:
-        """Check the input and, on rank 0, take hold of the output; what all ranks must know then."""
-        size = check_input(self.input)
+        """On rank 0, find the input and take hold of the output; what all ranks must know then."""
         if self.topology.rank:
             return None
+        sources = find_sources(self.input)
+        plain = sources[0].path if len(sources) == 1 and is_plain(sources[0]) else None
+        if plain:
+            check_input(plain)
         job, again = _job()
         identity = self._identity if self.settings.resume == "fresh" and not again else self._as_begun()
         header = {"identity": identity, "model.path": self.settings.model.path, "job": job}
-        self.journal = Journal(self.output, self.input, header, self.settings.resume, again, errors=self.errors)
-        return Snapshot(size, self.journal.known, self.journal.header, datetime.now())
+        files = [source.path for source in sources]
+        self.journal = Journal(self.output, files, header, self.settings.resume, again, errors=self.errors)
+        path = plain or self._spool(self.journal, sources, again)
+        return Snapshot(path, check_input(path), self.journal.known, self.journal.header, datetime.now())
+
+    def _spool(self, journal: Journal, sources: Sequence[Source], again: bool) -> str:
+        """The plain file that is made of the input, for the length of the run."""
+        path = journal.paths.spooled
+        print(f"input: {sources[0].path if len(sources) == 1 else f'{len(sources):,} files'}, copied to {path}")
+        spool(sources, path, again)
+        return str(path)
 
     def facts(self, snapshot: Snapshot) -> dict[str, str]:
         """What this rank finds in the files that all ranks read for themselves."""
-        found = {"the digest of the input": input_digest(self.input, snapshot.size)}
+        check_input(snapshot.input)
+        found = {"the digest of the input": input_digest(snapshot.input, snapshot.size)}
         return found | {name: str(value) for name, value in self._identity.items()}
 
     @cached_property
@@ -108,7 +126,8 @@ class RunFiles:
 
     def reader(self, snapshot: Snapshot) -> Reader:
         """The input from its first row on, to go through it without having rows."""
-        return Reader(self.input, None, KeyTable(snapshot.done), _salt(snapshot), snapshot.size, self.settings.shard)
+        done = KeyTable(snapshot.done)
+        return Reader(snapshot.input, None, done, _salt(snapshot), snapshot.size, self.settings.shard)
 
     def load(self, snapshot: Snapshot, feeder: Feeder, outlet: Outlet) -> tuple[PreparedRows, Any]:
         """The rows, as soon as `start` is called, and a leader's tokenizer for stop strings.
@@ -150,7 +169,7 @@ class RunFiles:
         """What a feeder is to read."""
         settings, m, shard = self.settings, self.settings.model, self.settings.shard
         return Intake(
-            input=self.input,
+            input=snapshot.input,
             done=snapshot.done,
             identity=_salt(snapshot),
             size=snapshot.size,
@@ -175,7 +194,7 @@ class RunFiles:
         if left is None:
             return None
         if not reader.rows:
-            raise Mistake(f"input={self.input} has no rows, only blank lines")
+            raise Mistake(f"input={','.join(self.input)} has no rows, only blank lines")
         return reader, left
 
     def write_errors(self, snapshot: Snapshot, rows: list[BadRow]) -> int:
@@ -187,6 +206,11 @@ class RunFiles:
                 part.write(row.index, error_line(row), row.key, True)
             part.close()
         return 1
+
+    def drop_spooled(self) -> None:
+        """On rank 0, the output being complete, remove what was made of the input."""
+        assert self.journal
+        remove(self.journal.paths.spooled)
 
     def __enter__(self) -> "RunFiles":
         return self

@@ -22,7 +22,7 @@ FLOORS = (
     ("stage",),
     ("settings", "processes"),
     ("backend", "api"),
-    ("sampling", "report", "model", "journal", "guard"),
+    ("sampling", "report", "model", "journal", "formats", "guard"),
     ("parallel",),
     ("schedule", "config_checks"),
     ("config", "topology", "signals", "messages", "integers"),

@@ -1,5 +1,7 @@
 """The check before a run: what it prints where all is well, and the one line for what would end the run."""
 
+import gzip
+import json
 import os
 import re
 import sys
@@ -170,3 +172,16 @@ def test_a_shard_has_an_output_of_its_own(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out-00001-of-00003.jsonl").touch()
     _, out, _ = run("model=demo", "device=cpu", "output=out.jsonl", "shard=[1,3]")
     assert "output      out-00001-of-00003.jsonl: " in out and out.count("; answers of an earlier run are there\n") == 1
+
+
+def test_inputs_of_other_kinds_are_looked_at_too_but_for_streams(run: Run, tmp_path: Path) -> None:
+    rows = [{"prompt": "1+2="}, {"prompt": "1+2=", "temprature": 0}]
+    (tmp_path / "a.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    (tmp_path / "b.jsonl").write_text('{"prompt": "3+4="}\n')
+    _, out, _ = run("model=demo", "device=cpu", "input=[a.gz,b.jsonl]")
+    assert "input       2 files: 3 rows, 0.0 MiB; of the first 3 1 will be error lines\n" in out
+    _, out, _ = run("model=demo", "device=cpu", "input=-")
+    assert "input       -: not looked at, for it can be read only once\n" in out
+    (tmp_path / "a.gz").write_bytes(gzip.compress(json.dumps(rows).encode())[:-9])
+    assert refused(run, "model=demo", "device=cpu", "input=a.gz").startswith("input=a.gz can't be read: Compressed")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gz", "b.jsonl"]

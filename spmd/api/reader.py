@@ -2,15 +2,14 @@
 
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
-from spmd.api.input_kind import check_kind
-from spmd.api.rows import MAX_LINE_BYTES, BadRow, Job, Row, RowParser, has_priority, load, number_name
+from spmd.api.rows import BadRow, Job, Row, RowParser, has_priority, load, number_name
 from spmd.api.source import SKIPPED, Skipped, num_requests, skipped
+from spmd.formats.kind import MAX_LINE_BYTES
 from spmd.integers import digest64
 from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
@@ -173,18 +172,15 @@ def check_input(path: str) -> int:
     """Size of the input file in bytes.
 
     Raises:
-        ValueError: it is missing, no file, not readable, empty, or of a kind that isn't read.
+        ValueError: it is missing, not readable or empty.
     """
     try:
-        if os.path.isdir(path):
-            raise ValueError(f"input={path} is a directory, not a file of one JSON object a line")
-        found = os.stat(path)
-        size, mode = found.st_size, found.st_mode
-        if size == 0 and stat.S_ISREG(mode):
-            raise ValueError(f"input={path} is empty")
-        check_kind(path, mode)
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ValueError(f"input={path} can't be read: {error.strerror or first_line(error)}") from error
+    if not size:
+        raise ValueError(f"input={path} is empty")
     return size
 
 

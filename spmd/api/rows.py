@@ -15,10 +15,10 @@ from spmd.api.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
 from spmd.api.prompts import MOST_CHOICES, TooLong, begun_twice
 from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tokens, integer, sampling_params
 from spmd.config import SamplingConfig
+from spmd.formats.kind import MAX_LINE_BYTES
 from spmd.messages import listed, show
 from spmd.schedule.request import Request
 
-MAX_LINE_BYTES = 16 * 2**20  # a prompt of a million token ids takes about half of this
 MOST_KEYS = 8  # of a row, that a message lists
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body", "metadata"})
 BODY_KEYS = frozenset[str]().union(*(endpoint.keys for endpoint in ENDPOINTS))

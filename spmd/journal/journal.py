@@ -20,7 +20,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Journal:
     """An output for the length of one run, on rank 0. Leaving it as a context manager leaves all answers in place.
 
     Args:
-        output, input: of the run.
+        output, inputs: of the run, the latter files.
         header: of all files it writes. Its "identity" is what answers depend on besides their rows; its "job", if
             any, is the one that starts itself again when it is cut.
         resume: auto: pass over all rows that were done; retry_errors: over those with an answer; fresh: over none,
@@ -58,7 +58,7 @@ class Journal:
     def __init__(
         self,
         output: str,
-        input: str,
+        inputs: Sequence[str],
         header: Header,
         resume: str = "auto",
         again: bool = False,
@@ -73,8 +73,8 @@ class Journal:
         self.files: list[OpenFile] = []  # files of earlier answers, to be restored if they are deleted
         self.sources: list[Source] = []  # what is in them, oldest first
         self.answered = False  # whether one of them is no error
-        self._check_path(input)
-        self.errors = None if errors is None else check_errors(errors, self.paths, input)
+        self._check_path(inputs)
+        self.errors = None if errors is None else check_errors(errors, self.paths, inputs)
         if self.errors:
             with self._reporting("nothing is lost", self.errors):
                 make_folder(self.errors.parent)
@@ -161,11 +161,11 @@ class Journal:
             file.close()
         self.files.clear()
 
-    def _check_path(self, input: str) -> None:
+    def _check_path(self, inputs: Sequence[str]) -> None:
         path = self.paths.output
         if path.exists() and not path.is_file():
             raise Mistake(f"output={self.output} is {'a directory' if path.is_dir() else 'no regular file'}")
-        if Path(input).resolve() == path:
+        if path in (Path(input).resolve() for input in inputs):
             raise Mistake(f"output={self.output} is the input: it would be overwritten")
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,11 @@ class Paths:
     def merged_unused(self) -> Path:
         return self.folder / "merged.unused"
 
+    @property
+    def spooled(self) -> Path:
+        """All rows of an input that isn't one plain file. See `spmd.formats.spool`."""
+        return self.folder / "input.jsonl"
+
     def part(self, dp_rank: int) -> Path:
         """What a replica answers in this attempt, a journal file."""
         return self.folder / f"part-{dp_rank}.jsonl"
@@ -65,7 +70,7 @@ class Paths:
         return self.output.with_name(self.output.name + ending)
 
 
-def check_errors(errors: str, paths: Paths, input: str | None) -> Path:
+def check_errors(errors: str, paths: Paths, inputs: Iterable[str] = ()) -> Path:
     """The file of errors, through symbolic links.
 
     Raises:
@@ -74,7 +79,7 @@ def check_errors(errors: str, paths: Paths, input: str | None) -> Path:
     path = Path(errors).resolve()
     if path.exists() and not path.is_file():
         raise ValueError(f"errors={errors} is {'a directory' if path.is_dir() else 'no regular file'}")
-    if input is not None and Path(input).resolve() == path:
+    if path in (Path(input).resolve() for input in inputs):
         raise ValueError(f"errors={errors} is the input: it would be overwritten")
     if path in (paths.output, paths.keys, paths.unused) or paths.folder in (path, *path.parents):
         raise ValueError(f"errors={errors} is the output or belongs to it: choose another file")

@@ -54,7 +54,7 @@ def _range(member: Field[Any]) -> str:
     if choices := member.metadata["choices"]:
         return f" ({', '.join(f'`{choice}`' for choice in choices)})"
     least = member.metadata["least"]
-    kind = getattr(member.type, "__name__", str(member.type)).replace(" | None", "")
+    kind = member.metadata["kind"] or getattr(member.type, "__name__", str(member.type)).replace(" | None", "")
     return f" ({kind})" if least is None else f" ({kind}, at least {least:g})"
 
 

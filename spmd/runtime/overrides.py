@@ -15,7 +15,8 @@ from spmd.config import keys
 from spmd.messages import Mistake
 
 TEXT = frozenset(name for name, member in keys().items() if member.type in (str, str | None))
-TEXTS = frozenset(name for name, member in keys().items() if member.type in (list[str], list[str] | None))
+TEXTS = frozenset(name for name, member in keys().items() if member.type in (list[str], list[str] | None)) | {"input"}
+EITHER = frozenset({"input"})  # a text or a list of texts
 PATHS = frozenset(("input", "output", "run_dir", "model.path", "model.tokenizer"))
 OVERRIDE = re.compile(r"(\+{0,2}([A-Za-z_][\w.]*)=)(.*)", re.DOTALL)
 CARET = re.compile(r"^(.*)\n( *)\^$", re.MULTILINE)  # a line, and below it where the lexer found no way on
@@ -63,7 +64,8 @@ def _as_typed(word: str, parser: OverridesParser) -> str:
     if name in TEXTS:
         if isinstance(value, list):
             _check_texts(word, value, text)
-        return word
+        if isinstance(value, list) or name not in EITHER:
+            return word
     if value is None or isinstance(value, str):
         return word
     return start + quoted(os.path.expanduser(text) if name in PATHS else text)

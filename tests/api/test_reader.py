@@ -115,7 +115,7 @@ def test_memory_is_a_digest_a_row(tmp_path: Path) -> None:
 def test_inputs_that_cannot_be_read_fail_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"input=.*missing.* can't be read: No such file"):
         Reader(str(tmp_path / "missing"), PARSER)
-    with pytest.raises(ValueError, match="is a directory"):
+    with pytest.raises(ValueError, match="Is a directory"):
         Reader(str(tmp_path), PARSER)
     with pytest.raises(ValueError, match="is empty"):
         Reader(write(tmp_path / "empty", []), PARSER)

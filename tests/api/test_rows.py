@@ -11,7 +11,6 @@ from spmd.api.rows import (
     BATCH_KEYS,
     BODY_KEYS,
     IGNORED_KEYS,
-    MAX_LINE_BYTES,
     UNSUPPORTED,
     BadRow,
     Job,
@@ -20,6 +19,7 @@ from spmd.api.rows import (
     load,
 )
 from spmd.config import SamplingConfig
+from spmd.formats.kind import MAX_LINE_BYTES
 from spmd.schedule.request import SamplingParams
 from tests.support.broken_rows import MAX_MODEL_LEN, batch, broken_ways, good_row, make_rows
 from tests.support.tiny_tokenizer import make_tokenizer

@@ -31,7 +31,7 @@ def attempt(
 ) -> int:
     """One run over rows with these keys; `lines`: their answers. How many it answered."""
     with Journal(
-        str(output), "in.jsonl", HEADER, resume, patience=0, errors=str(errors) if errors else None
+        str(output), ["in.jsonl"], HEADER, resume, patience=0, errors=str(errors) if errors else None
     ) as journal:
         done = KeyTable(journal.known)
         to_do = [(row, key) for row, key in enumerate(rows) if not done.set(key, row) or key in keyless]

@@ -101,7 +101,7 @@ def test_errors_are_passed_over_or_tried_again(output: Path) -> None:
 
 def test_rows_without_a_key_are_done_by_every_run(output: Path) -> None:
     for _ in range(2):
-        with Journal(str(output), "in.jsonl", HEADER) as journal:
+        with Journal(str(output), ["in.jsonl"], HEADER) as journal:
             done = KeyTable(journal.known)
             assert len(done) == 0
             part = PartWriter(str(output), 0, HEADER)
@@ -226,7 +226,7 @@ def test_outputs_that_cannot_be_written_fail_before_the_run(tmp_path: Path) -> N
         with pytest.raises(ValueError, match=words):
             attempt(output, range(3))
     with pytest.raises(ValueError, match="is the input"):
-        Journal(str(tmp_path / "." / "file"), str(tmp_path / "file"), HEADER)
+        Journal(str(tmp_path / "." / "file"), [str(tmp_path / "file")], HEADER)
     assert (tmp_path / "file").read_text() == "x" and names(tmp_path) == ["file"]
 
 
@@ -246,7 +246,7 @@ def test_shards_have_outputs_of_their_own() -> None:
 
 
 def test_a_second_run_is_refused_with_who_holds_the_output(output: Path) -> None:
-    with Journal(str(output), "in.jsonl", HEADER), pytest.raises(ValueError) as error:
+    with Journal(str(output), ["in.jsonl"], HEADER), pytest.raises(ValueError) as error:
         attempt(output, range(3), resume="fresh")
     assert f"output={output} is in use by process {os.getpid()} on " in str(error.value)
     attempt(output, range(3))
@@ -292,7 +292,7 @@ def test_what_is_deleted_under_way_is_not_lost(output: Path, finished: bool) -> 
     attempt(output, range(20), cut=2)  # answers are in the output, put aside, and in parts
     there = names(output.parent)
     assert there == ["out.jsonl", "out.jsonl.journal", "out.jsonl.parts", "out.jsonl.unused"]
-    with Journal(str(output), "in.jsonl", HEADER) as journal:
+    with Journal(str(output), ["in.jsonl"], HEADER) as journal:
         done = KeyTable(journal.known)
         for row in range(17):
             done.set(row, row)
@@ -316,7 +316,7 @@ def test_what_is_deleted_under_way_is_not_lost(output: Path, finished: bool) -> 
 
 def test_answers_that_are_gone_are_reported_and_answered_again(output: Path) -> None:
     attempt(output, range(10))
-    with Journal(str(output), "in.jsonl", HEADER) as journal:
+    with Journal(str(output), ["in.jsonl"], HEADER) as journal:
         done = KeyTable(journal.known)
         for row in range(10):
             done.set(row, row)

@@ -48,6 +48,18 @@ def test_every_key_that_is_text_and_a_revision_of_digits(monkeypatch: pytest.Mon
     assert (config.model.revision, config.workload.name) == ("12e4567", "4_4")
 
 
+def test_the_input_is_a_text_or_a_list_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for typed, given in (
+        ("[a.jsonl,'b c.jsonl']", ["a.jsonl", "b c.jsonl"]),
+        ("[ab].jsonl", "[ab].jsonl"),
+        ("shards/**/*-0?.jsonl", "shards/**/*-0?.jsonl"),
+        ("-", "-"),
+    ):
+        assert composed(monkeypatch, f"input={typed}").input == given
+    with pytest.raises(ValueError, match="10.0 is no text; quote each element"):
+        composed(monkeypatch, "input=[1e1,a]")
+
+
 def test_what_hydra_takes_for_text_stays_as_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its quotes, escapes, null and interpolations, which people have in their scripts."""
     monkeypatch.setenv("WHO", "mé")

@@ -34,7 +34,7 @@ def attempt(
 ) -> list[int]:
     """One run over an input whose rows have these keys, or its beginning: `cut` answers. The keys that it answered."""
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(str(output), "in.jsonl", header, resume, again, patience=0))
+        journal = stack.enter_context(Journal(str(output), ["in.jsonl"], header, resume, again, patience=0))
         done = KeyTable(journal.known)
         to_do = [(row, key) for row, key in enumerate(rows) if not done.set(key, row)]
         parts = [stack.enter_context(PartWriter(str(output), rank, journal.header)) for rank in range(dp)]
