@@ -271,7 +271,7 @@ def _without_numbers(job: Job, request: Request, position: int) -> BadRow:
         f"computed alone; other rows are not affected. Are there NaNs in the checkpoint, or do numbers overflow in "
         f"model.dtype (float32 has room)?"
     )
-    return BadRow(job.index, job.custom_id, reason, "server_error", job.key)
+    return BadRow(job.index, job.custom_id, reason, "server_error", job.key, job.metadata)
 
 
 def _finish_reason(request: Request, choice: Choice, token: int, position: int) -> str | None:

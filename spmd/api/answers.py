@@ -61,11 +61,13 @@ class Head(NamedTuple):
     key: int | None
     prompt_tokens: int
     prompts: list[list[int]] | None  # token ids, where the answer is to have ids
+    metadata: str = ""  # JSON, or empty
 
     @classmethod
     def of(cls, job: Job) -> "Head":
         shown = job.prompts if job.return_token_ids else None
-        return cls(job.index, job.custom_id, job.endpoint.url, job.key, sum(map(len, job.prompts)), shown)
+        prompt_tokens = sum(map(len, job.prompts))
+        return cls(job.index, job.custom_id, job.endpoint.url, job.key, prompt_tokens, shown, job.metadata)
 
 
 def complete(tokenizer: Any, finished: Finished) -> Completion:
@@ -105,7 +107,7 @@ def answer_line(head: Head, completions: Sequence[Completion], model: str, token
     if head.prompts:
         _add_token_ids(body, head.prompts, endpoint.prompt_ids_in_choices, completions)
     response = {"status_code": 200, "request_id": f"req_{digest}", "body": body}
-    return _line(head.custom_id, response=response)
+    return _line(head.custom_id, response, metadata=head.metadata)
 
 
 def error_line(row: BadRow) -> str:
@@ -115,7 +117,7 @@ def error_line(row: BadRow) -> str:
     """
     error = {"message": row.message, "type": "invalid_request_error", "param": None, "code": row.code}
     response = {"status_code": 400, "request_id": f"req_{_digest(row.custom_id)}", "body": {"error": error}}
-    return _line(row.custom_id, response, error={"code": row.code, "message": row.message})
+    return _line(row.custom_id, response, {"code": row.code, "message": row.message}, row.metadata)
 
 
 def _add_token_ids(
@@ -135,6 +137,10 @@ def _digest(custom_id: str) -> str:
     return blake2b(custom_id.encode(), digest_size=16).hexdigest()
 
 
-def _line(custom_id: str, response: dict[str, Any], error: dict[str, Any] | None = None) -> str:
+def _line(custom_id: str, response: dict[str, Any], error: dict[str, Any] | None = None, metadata: str = "") -> str:
+    """`metadata`: JSON already, so that whatever it holds, the line can be written."""
     line = {"id": f"batch_req_{_digest(custom_id)}", "custom_id": custom_id, "response": response, "error": error}
-    return one_line(json.dumps(line, ensure_ascii=False, allow_nan=False).encode()).decode()
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    if metadata:
+        text = f'{text[:-1]}, "metadata": {metadata}}}'
+    return one_line(text.encode()).decode()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
+from spmd.api.metadata import metadata_of
 from spmd.api.rows import BadRow, Job, Row, RowParser, has_priority, load, number_name
 from spmd.api.source import SKIPPED, Skipped, num_requests, skipped
 from spmd.formats.kind import MAX_LINE_BYTES
@@ -110,7 +111,7 @@ class Reader:
             if duplicate:
                 if isinstance(row, Row):
                     message = f"custom_id {row.custom_id!r} is that of an earlier row too"
-                    row = BadRow(index, row.custom_id, message, "duplicate_custom_id")
+                    row = BadRow(index, row.custom_id, message, "duplicate_custom_id", metadata=metadata_of(row.data))
                 yield Found(row, line, None, -1)
                 continue
             key = digest64(custom_id + b"\0" + line.strip(), self.identity)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmd.api.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
+from spmd.api.metadata import metadata_of
 from spmd.api.prompts import MOST_CHOICES, TooLong, begun_twice
 from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tokens, integer, sampling_params
 from spmd.config import SamplingConfig
@@ -83,6 +84,7 @@ class BadRow:
     message: str
     code: str = "invalid_request"  # or invalid_json, duplicate_custom_id, context_length_exceeded
     key: int | None = None  # as a Job's
+    metadata: str = ""  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,7 @@ class Job:
     prompts: list[list[int]]  # token ids
     return_token_ids: bool = False
     key: int | None = None  # digest of the row's content, see `spmd.api.reader`
+    metadata: str = ""  # the row's own, which its answer repeats: JSON, see `spmd.api.metadata`
 
 
 class RowParser:
@@ -142,6 +145,7 @@ class RowParser:
 
     def build(self, row: Row) -> Job | BadRow:
         """The job of a loaded row: checked, tokenized, its defaults filled in."""
+        metadata = metadata_of(row.data)
         try:
             endpoint, body = _request(row.data)
             values = self.defaults | endpoint.sampling(body, self.vocab_size)
@@ -157,10 +161,11 @@ class RowParser:
                 raise TooLong(f"the prompt has {length} tokens")
             requests = [*self._requests(row, values, prompts, priority)]
         except TooLong as error:
-            return BadRow(row.index, row.custom_id, f"{error}, {self._limit()}", "context_length_exceeded")
+            message = f"{error}, {self._limit()}"
+            return BadRow(row.index, row.custom_id, message, "context_length_exceeded", metadata=metadata)
         except ValueError as error:
-            return BadRow(row.index, row.custom_id, str(error))
-        return Job(row.index, row.custom_id, endpoint, requests, prompts, return_token_ids)
+            return BadRow(row.index, row.custom_id, str(error), metadata=metadata)
+        return Job(row.index, row.custom_id, endpoint, requests, prompts, return_token_ids, metadata=metadata)
 
     def _requests(
         self, row: Row, values: Mapping[str, Any], prompts: list[list[int]], priority: int
@@ -204,9 +209,11 @@ def load(line: bytes, index: int, name: Callable[[int], str] = number_name) -> R
         custom_id = name(index)
     surrogates = b"\\ud" in line or b"\\uD" in line
     if not isinstance(custom_id, str) or not custom_id or (surrogates and not _is_unicode(custom_id)):
-        return BadRow(index, name(index), f"custom_id must be a non-empty string, not {show(custom_id)}")
+        message = f"custom_id must be a non-empty string, not {show(custom_id)}"
+        return BadRow(index, name(index), message, metadata=metadata_of(data))
     if surrogates and not _is_unicode(data):
-        return BadRow(index, custom_id, "the line has half of a surrogate pair (\\ud800 to \\udfff), which is no text")
+        message = "the line has half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+        return BadRow(index, custom_id, message, metadata=metadata_of(data))
     return Row(index, custom_id, data)
 
 

@@ -44,7 +44,7 @@ class AnswerWriter:
         except Exception as error:
             self.failed += 1
             reason = f"the answer can't be put together: {first_line(error)}"
-            self.error(BadRow(head.row, head.custom_id, reason, "server_error", head.key))
+            self.error(BadRow(head.row, head.custom_id, reason, "server_error", head.key, head.metadata))
         else:
             self.write(head.row, line, head.key, False)
 

@@ -23,6 +23,7 @@ def pack(row: Job | BadRow) -> bytes:
             row.requests[0].priority,
             row.return_token_ids,
             row.key,
+            row.metadata,
         )
     )
 
@@ -32,10 +33,10 @@ def unpack(packed: bytes) -> Job | BadRow:
     row = pickle.loads(packed)
     if isinstance(row, BadRow):
         return row
-    index, custom_id, url, packed_prompts, params, priority, return_token_ids, key = row
+    index, custom_id, url, packed_prompts, params, priority, return_token_ids, key, metadata = row
     prompts = [array("i", ids).tolist() for ids in packed_prompts]
     n = len(params) // len(prompts)
     requests = [
         Request(index, choice, prompts[choice // n].copy(), each, priority) for choice, each in enumerate(params)
     ]
-    return Job(index, custom_id, BY_URL[url], requests, prompts, return_token_ids, key)
+    return Job(index, custom_id, BY_URL[url], requests, prompts, return_token_ids, key, metadata)
