@@ -251,8 +251,11 @@ class Config:
     input: Any = key(
         None,
         "The rows: a file, a pattern of names, a list of such, or - for standard input. JSON, one object a line or an "
-        "array of objects, perhaps compressed.",
+        "array of objects, perhaps compressed; or tables: Parquet, Arrow, a saved dataset, hf://datasets/OWNER/NAME.",
         kind="text or list of texts",
+    )
+    input_column: str | None = key(
+        None, "Of tables, the column that holds the prompts. null: the one called messages, prompt or body."
     )
     output: str | None = key(None, "The file of answers.")
     errors: str | None = key(None, "A file of those answers that are errors, beside the output. null: none.")

@@ -19,13 +19,14 @@ from spmd.api.rows import BadRow, RowParser
 from spmd.api.tokenizer import load_generation_config, load_tokenizer
 from spmd.config import Config
 from spmd.config_checks import check, warnings
-from spmd.formats.content import is_plain
+from spmd.formats.content import is_plain, roles_in
 from spmd.formats.sources import find_sources
 from spmd.formats.spool import sample
 from spmd.journal.paths import Paths, check_errors, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
+from spmd.run_files import columns_of
 from spmd.runtime.compose import compose, tell
 from spmd.settings import Settings, read_model, resolve
 from spmd.signals import USAGE
@@ -181,15 +182,17 @@ def _input(config: Config, parser: RowParser) -> list[str]:
     """
     sources = find_sources(config.input)
     name = sources[0].path if len(sources) == 1 else f"{len(sources):,} files"
+    columns = columns_of(config)
+    roles = [str(each) for each in roles_in(sources, columns)[:1]]
     if sources[0].streamed:
         return [f"{name}: not looked at, for it can be read only once"]
     if len(sources) == 1 and is_plain(sources[0]):
         return _rows(name, Reader(name, parser, shard=config.shard), parser)
     with tempfile.NamedTemporaryFile() as file:
-        size = file.write(sample(sources, SAMPLE_BYTES))
+        size = file.write(sample(sources, columns, SAMPLE_BYTES))
         file.flush()
         told, *more = _rows(name, Reader(file.name, parser, shard=config.shard), parser)
-    return [f"{told}; there may be more, this is of a beginning" if size > SAMPLE_BYTES // 2 else told, *more]
+    return [f"{told}; there may be more, this is of a beginning" if size > SAMPLE_BYTES // 2 else told, *roles, *more]
 
 
 def _rows(path: str, reader: Reader, parser: RowParser) -> list[str]:

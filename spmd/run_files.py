@@ -11,12 +11,13 @@ from typing import Any
 
 from spmd.api.answers import error_line
 from spmd.api.reader import Reader, check_input, input_digest
-from spmd.api.rows import BadRow
+from spmd.api.rows import BESIDE_PROMPT, BadRow
 from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
-from spmd.formats.content import is_plain
+from spmd.formats.content import is_plain, roles_in
 from spmd.formats.sources import Source, find_sources
 from spmd.formats.spool import remove, spool
+from spmd.formats.table_rows import Columns
 from spmd.journal.fingerprint import fingerprint, first_form
 from spmd.journal.identity import told_earlier
 from spmd.journal.journal import Journal
@@ -55,6 +56,11 @@ def check_paths(config: Config) -> tuple[list[str], str]:
     return [config.input] if isinstance(config.input, str) else config.input, config.output
 
 
+def columns_of(config: Config) -> Columns:
+    """How those of tables are taken."""
+    return Columns(config.input_column, BESIDE_PROMPT)
+
+
 class RunFiles:
     """Input and output of a run on one rank, of which rank 0 holds the latter; a context manager, which lets go of it.
 
@@ -78,6 +84,8 @@ class RunFiles:
         plain = sources[0].path if len(sources) == 1 and is_plain(sources[0]) else None
         if plain:
             check_input(plain)
+        if roles := roles_in(sources, columns_of(self.settings)):
+            print(f"input: {roles[0]}")
         job, again = _job()
         identity = self._identity if self.settings.resume == "fresh" and not again else self._as_begun()
         header = {"identity": identity, "model.path": self.settings.model.path, "job": job}
@@ -90,7 +98,7 @@ class RunFiles:
         """The plain file that is made of the input, for the length of the run."""
         path = journal.paths.spooled
         print(f"input: {sources[0].path if len(sources) == 1 else f'{len(sources):,} files'}, copied to {path}")
-        spool(sources, path, again)
+        spool(sources, path, columns_of(self.settings), again)
         return str(path)
 
     def facts(self, snapshot: Snapshot) -> dict[str, str]:

@@ -24,6 +24,8 @@ MOST_KEYS = 8  # of a row, that a message lists
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body", "metadata"})
 BODY_KEYS = frozenset[str]().union(*(endpoint.keys for endpoint in ENDPOINTS))
 PROMPT_KEYS = tuple(dict.fromkeys(endpoint.prompt_key for endpoint in ENDPOINTS))
+# Of a table's row: by the key that its prompt stands under, which columns stand beside it.
+BESIDE_PROMPT = {endpoint.prompt_key: endpoint.keys for endpoint in ENDPOINTS} | {"body": frozenset({"method", "url"})}
 # What changes no answer of a model of one's own: whose row it is, how it is served, and tools where there are none.
 IGNORED_KEYS = frozenset(
     {

@@ -100,6 +100,6 @@ def decompressed(path: str, stream: IO[bytes], start: bytes) -> IO[bytes]:
             except ImportError as error:
                 raise Mistake(
                     f"input={path} is compressed by Zstandard, which the package zstandard reads: "
-                    f"pip install 'spmd[zstd]', or zstdcat {path} | launch/local.sh input=- …"
+                    f"{sys.executable} -m pip install zstandard, or zstdcat {path} | launch/local.sh input=- …"
                 ) from error
     return stream

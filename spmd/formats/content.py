@@ -1,7 +1,7 @@
 """From a source of any kind to blocks of bytes that are one JSON object a line."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import IO, Any
@@ -11,6 +11,8 @@ from spmd.formats.encodings import AsUtf8, encoding_of
 from spmd.formats.json_array import array_lines
 from spmd.formats.kind import Kind, check_magic, kind_of
 from spmd.formats.sources import Source
+from spmd.formats.table_rows import Columns, Roles, roles_of, table_lines
+from spmd.formats.tables import Table, is_table
 from spmd.messages import Mistake, first_line
 
 BLOCK = 2**20  # bytes
@@ -44,7 +46,7 @@ def is_plain(source: Source) -> bool:
         return False
     with _reading(source.path), source.open() as file:
         start = file.read(START)
-        if is_compressed(start) or encoding_of(start):
+        if is_table(start) or is_compressed(start) or encoding_of(start):
             return False
         check_magic(source.path, start)
         file.seek(0)
@@ -52,13 +54,33 @@ def is_plain(source: Source) -> bool:
         return kind is Kind.LINES
 
 
-def blocks_of(source: Source) -> Iterator[bytes]:
-    """All its rows, each ended by a newline, in blocks of any size.
+def roles_in(sources: Sequence[Source], columns: Columns) -> list[Roles]:
+    """What the columns are of those sources that are tables.
+
+    Raises:
+        Mistake: one of them can't be read, or its prompts aren't found; none is a table, but a column is named.
+    """
+    found = []
+    for source in sources:
+        if not source.streamed:
+            with _reading(source.path), source.open() as file:
+                if is_table(file.read(START)):
+                    found.append(roles_of(source.path, Table(source.path).schema, columns))
+    if columns.prompt is not None and not found:
+        raise Mistake(f"input_column={columns.prompt} is for tables, and input={sources[0].path} is none")
+    return found
+
+
+def blocks_of(source: Source, columns: Columns) -> Iterator[bytes]:
+    """All its rows, each ended by a newline, in blocks of any size. `columns` is for tables.
 
     Raises:
         Mistake: it can't be read to its end, or is of a kind that isn't read.
     """
     with _reading(source.path), source.open() as file:
+        if not source.streamed and is_table(file.peek(START)):
+            yield from table_lines(source.path, columns)
+            return
         end = b"\n"
         for block in _blocks(source.path, _text(source.path, file)):
             yield block
@@ -75,6 +97,10 @@ def _text(path: str, file: IO[bytes]) -> IO[bytes]:
         content = decompressed(path, content, start)
         start = content.read(START)
         content = io.BufferedReader(_Joined(start, content))
+    if is_table(start):
+        raise Mistake(
+            f"input={path} is a table, which can be read from a plain file alone: neither compressed nor sent"
+        )
     check_magic(path, start)
     encoding = encoding_of(start)
     return io.BufferedReader(AsUtf8(content, encoding), BLOCK) if encoding else content

@@ -7,9 +7,9 @@ from typing import IO
 from spmd.messages import Mistake
 
 MAX_LINE_BYTES = 16 * 2**20  # a prompt of a million token ids takes about half of this
-WANTED = "the input is JSON, one object a line or an array of objects"
+WANTED = "the input is JSON, one object a line or an array of objects, or a table (Parquet, Arrow)"
 ZIP = b"PK\x03\x04"
-BINARY = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"SQLite format 3": "SQLite", b"\x80\x04\x95": "a pickle"}
+BINARY = {b"FEA1": "Feather of its first version", b"SQLite format 3": "SQLite", b"\x80\x04\x95": "a pickle"}
 
 
 class Kind(Enum):

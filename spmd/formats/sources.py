@@ -1,4 +1,4 @@
-"""The places that `input` names, in order: files, patterns of names, standard input."""
+"""The places that `input` names, in order: files, patterns of names, saved datasets, standard input."""
 
 import os
 import stat
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from io import BufferedReader
 
+from spmd.formats.saved_dataset import HUB, files_of_folder, files_of_hub
 from spmd.messages import Mistake, first_line
 
 STDIN = "-"
@@ -58,14 +59,13 @@ def find_sources(given: str | Sequence[str]) -> list[Source]:
     return found
 
 
-def paths_of(given: str | Sequence[str]) -> list[str]:
-    """The files that are meant, without a look at them."""
-    return [path for text in ([given] if isinstance(given, str) else given) for path in _paths(text)]
-
-
 def _paths(text: str) -> Iterator[str]:
     if text in STDIN_TOO:
         yield STDIN
+    elif text.startswith(HUB):
+        yield from files_of_hub(text)
+    elif os.path.isdir(text) and (files := files_of_folder(text)) is not None:
+        yield from files
     elif os.path.exists(text) or not has_magic(text):
         yield text
     elif found := sorted(glob(text, recursive=True)):

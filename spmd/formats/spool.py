@@ -18,6 +18,7 @@ from pathlib import Path
 
 from spmd.formats.content import blocks_of
 from spmd.formats.sources import PIPE_IT, Source
+from spmd.formats.table_rows import Columns
 from spmd.messages import Mistake, cannot_write
 
 
@@ -26,16 +27,17 @@ def note_of(spooled: Path) -> Path:
     return spooled.with_suffix(".json")
 
 
-def spool(sources: Sequence[Source], path: Path, again: bool = False) -> None:
+def spool(sources: Sequence[Source], path: Path, columns: Columns, again: bool = False) -> None:
     """Make the plain file at `path`, or find that it is there.
 
     Args:
+        columns: how those of tables are taken.
         again: the job has started itself again.
 
     Raises:
         Mistake: a source can't be read to its end, none has any rows, the disk is full; or the stream is gone.
     """
-    made_from = [source.identity for source in sources]
+    made_from = [[columns.prompt], *(source.identity for source in sources)]
     kept, streamed = _note(path) == made_from, any(source.streamed for source in sources)
     if kept and (again or not streamed or sources[0].is_terminal):
         return
@@ -48,7 +50,7 @@ def spool(sources: Sequence[Source], path: Path, again: bool = False) -> None:
         raise Mistake(f"input={sources[0].path} is a terminal: {PIPE_IT}")
     anew = path.with_name(path.name + ".new")
     try:
-        size = _write(anew, chain.from_iterable(map(blocks_of, sources)))
+        size = _write(anew, chain.from_iterable(blocks_of(source, columns) for source in sources))
         if size:
             note_of(path).unlink(missing_ok=True)
             os.replace(anew, path)
@@ -68,14 +70,14 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def sample(sources: Iterable[Source], most: int) -> bytes:
+def sample(sources: Iterable[Source], columns: Columns, most: int) -> bytes:
     """The beginning of all rows, about `most` bytes of whole lines; nothing of a stream, which can't be read twice.
 
     Raises:
         Mistake: as `spool`, for what was read.
     """
     found = b""
-    for block in chain.from_iterable(blocks_of(source) for source in sources if not source.streamed):
+    for block in chain.from_iterable(blocks_of(source, columns) for source in sources if not source.streamed):
         found += block
         if len(found) >= most:
             return found[: found.rfind(b"\n", 0, most) + 1] or found

@@ -8,6 +8,7 @@ import pytest
 
 from spmd.formats.content import blocks_of, is_plain
 from spmd.formats.sources import find_sources
+from spmd.formats.table_rows import Columns
 
 ROW = {"prompt": "1+1=", "max_tokens": 2}
 LINE = json.dumps(ROW)
@@ -18,7 +19,10 @@ ROWS = f"{LINE}\n{LINE}\n"
     ("content", "message"),
     [
         (b"PK\x03\x04" + bytes(40), r"is a zip archive: unzip -p .*in\.jsonl \| launch/local\.sh input=-"),
-        (b"SQLite format 3\0" + bytes(40), "is SQLite; the input is JSON, one object a line or an array of objects"),
+        (
+            b"SQLite format 3\0" + bytes(40),
+            "is SQLite; the input is JSON, one object a line or an array of objects, or a table",
+        ),
         (json.dumps(ROW, indent=2).encode(), "has JSON over several lines: jq -c"),
     ],
 )
@@ -29,7 +33,7 @@ def test_a_file_of_a_kind_that_is_not_read_is_told(tmp_path: Path, content: byte
         is_plain(*find_sources(str(path)))
     path.write_bytes(gzip.compress(content))
     with pytest.raises(ValueError, match=message):
-        list(blocks_of(*find_sources(str(path))))
+        list(blocks_of(find_sources(str(path))[0], Columns(None, {})))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from tests.support.jobs import ONE_THREAD, ROOT, bodies, read_rows, run_here, write_rows
 
 JOB = ("model=demo", "model.dtype=float32", "device=cpu", "sampling.temperature=0", "run_dir=run", "progress=false")
+OUT = Path("out.jsonl")
 Said = pytest.CaptureFixture[str]
 
 
@@ -72,6 +73,25 @@ def test_the_output_may_be_none_of_the_inputs(folder: Path, capsys: Said) -> Non
     assert "output=b.jsonl is the input: it would be overwritten" in capsys.readouterr().err
     assert run_here(*JOB, "input=[a.jsonl,b.jsonl]", "output=out.jsonl", "errors=b.jsonl") == 2
     assert "errors=b.jsonl is the input" in capsys.readouterr().err
+
+
+def test_a_table_is_answered_with_what_it_carries(folder: Path, capsys: Said) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"question": ["1+1=", "2+2=", None], "max_tokens": [8, 0, 8], "id": [7, 8, 9]}
+    parquet.write_table(pa.table(columns), "in.parquet")
+    assert run_here(*JOB, "input=in.parquet", "output=out.jsonl") == 2
+    assert "has no column messages, prompt, body: input_column=NAME says which" in capsys.readouterr().err
+    assert run_here(*JOB, "input=in.parquet", "output=out.jsonl", "input_column=question") == 0
+    said = capsys.readouterr().out
+    assert "prompt from column question; keys of rows are max_tokens; carried through are id\n" in said
+    found = [(row["custom_id"], row["metadata"], row["error"] and row["error"]["message"]) for row in read_rows(OUT)]
+    assert found[0] == ("row-0", {"id": 7}, None) and found[1] == (
+        "row-1",
+        {"id": 8},
+        "max_tokens=0 must be at least 1",
+    )
+    assert found[2][1] == {"id": 9} and "neither prompt nor messages" in found[2][2]
 
 
 def test_what_a_shell_opens_reaches_the_ranks_through_the_launcher(folder: Path) -> None:
