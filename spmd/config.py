@@ -257,7 +257,7 @@ class Config:
     input_column: str | None = key(
         None, "Of tables, the column that holds the prompts. null: the one called messages, prompt or body."
     )
-    output: str | None = key(None, "The file of answers.")
+    output: str | None = key(None, "The file of answers: JSON lines, or with the ending .parquet a table of them.")
     errors: str | None = key(None, "A file of those answers that are errors, beside the output. null: none.")
     input_workers: int | None = key(
         None,

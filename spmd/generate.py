@@ -93,7 +93,6 @@ def _finish(
     assert files.journal
     unused = files.journal.finish(parts, reader.done, done, files.settings.output_order == "completion")
     earlier = f"{reader.done.num_set:,}"
-    files.drop_spooled()
     if metrics:
         print(table(metrics))
         if reader.done.num_set:
@@ -105,11 +104,12 @@ def _finish(
         print(f"priority: not looked at in {reader.prioritized:,} rows; scheduler.policy=priority does")
     if unused:
         print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.paths.unused}")
-    print(f"answers: {files.output}")
+    files.complete_target()
+    print(f"answers: {files.target}")
     if files.errors:
         print(f"errors: {files.errors}")
     if metrics:
-        print(f"figures: {write_json(metrics, files.output)}")
+        print(f"figures: {write_json(metrics, files.target)}")
     answered = files.journal.answered or (metrics and metrics.rows_ok)
     if not answered and (rows := done + reader.done.num_set):
         raise Mistake(f"none of the {rows:,} rows could be answered; {first_error(files.output)}")

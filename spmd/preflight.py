@@ -22,6 +22,7 @@ from spmd.config_checks import check, warnings
 from spmd.formats.content import is_plain, roles_in
 from spmd.formats.sources import find_sources
 from spmd.formats.spool import sample
+from spmd.formats.table_output import answers_of, check_table
 from spmd.journal.paths import Paths, check_errors, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
@@ -74,7 +75,7 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
     if config.input is not None:
         yield "input", _input(config, parser)
     if config.output is not None:
-        yield "output", [_output(shard_output(config.output, config.shard), _inputs(config))]
+        yield "output", [_output(shard_output(config.output, config.shard), config)]
         if config.errors is not None:
             yield "errors", [_errors(shard_output(config.errors, config.shard), config)]
     yield "logs", [_logs(config)]
@@ -215,8 +216,10 @@ def _rows(path: str, reader: Reader, parser: RowParser) -> list[str]:
     return [told, *bad[:SHOWN], *warnings]
 
 
-def _output(output: str, inputs: Sequence[str]) -> str:
-    paths = Paths.of(output)
+def _output(output: str, config: Config) -> str:
+    paths, inputs = Paths.of(answers_of(output)), _inputs(config)
+    if answers_of(output) != output:
+        check_table(output, inputs, config.errors)
     if paths.output.exists() and not paths.output.is_file():
         raise ValueError(f"output={output} is {'a directory' if paths.output.is_dir() else 'no regular file'}")
     if paths.output in (Path(input).resolve() for input in inputs):
@@ -228,7 +231,7 @@ def _output(output: str, inputs: Sequence[str]) -> str:
 
 def _errors(errors: str, config: Config) -> str:
     assert config.output is not None
-    path = check_errors(errors, Paths.of(shard_output(config.output, config.shard)), _inputs(config))
+    path = check_errors(errors, Paths.of(answers_of(shard_output(config.output, config.shard))), _inputs(config))
     return f"{errors}: {readable(_writable(path.parent, f'errors={errors}'))} free"
 
 

@@ -17,6 +17,7 @@ from spmd.config import Config
 from spmd.formats.content import is_plain, roles_in
 from spmd.formats.sources import Source, find_sources
 from spmd.formats.spool import remove, spool
+from spmd.formats.table_output import answers_of, carried_schema, check_table, make_table
 from spmd.formats.table_rows import Columns
 from spmd.journal.fingerprint import fingerprint, first_form
 from spmd.journal.identity import told_earlier
@@ -72,7 +73,9 @@ class RunFiles:
         self.settings = settings
         self.topology = topology
         self.input, output = check_paths(settings)
-        self.output = shard_output(output, settings.shard)
+        self.target = shard_output(output, settings.shard)  # what was asked for
+        self.output = answers_of(self.target)  # JSON lines: the target, or what it is made of at the end
+        self.carried: Any = None  # columns that a table gets from its input
         self.errors = settings.errors and shard_output(settings.errors, settings.shard)
         self.journal: Journal | None = None
 
@@ -90,6 +93,9 @@ class RunFiles:
         identity = self._identity if self.settings.resume == "fresh" and not again else self._as_begun()
         header = {"identity": identity, "model.path": self.settings.model.path, "job": job}
         files = [source.path for source in sources]
+        if self.output != self.target:
+            check_table(self.target, files, self.errors, self.settings.resume == "fresh")
+            self.carried = carried_schema(sources, columns_of(self.settings))
         self.journal = Journal(self.output, files, header, self.settings.resume, again, errors=self.errors)
         path = plain or self._spool(self.journal, sources, again)
         return Snapshot(path, check_input(path), self.journal.known, self.journal.header, datetime.now())
@@ -215,10 +221,17 @@ class RunFiles:
             part.close()
         return 1
 
-    def drop_spooled(self) -> None:
-        """On rank 0, the output being complete, remove what was made of the input."""
+    def complete_target(self) -> None:
+        """On rank 0, with all answers in the output: make a table of them if one is wanted, and drop the input's copy.
+
+        Raises:
+            Mistake: the disk is full, say; the next start goes on from there.
+        """
         assert self.journal
-        remove(self.journal.paths.spooled)
+        paths = self.journal.paths
+        if self.output != self.target:
+            make_table(paths.output, paths.keys, Path(self.target).resolve(), self.carried)
+        remove(paths.spooled)
 
     def __enter__(self) -> "RunFiles":
         return self

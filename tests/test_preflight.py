@@ -185,3 +185,16 @@ def test_inputs_of_other_kinds_are_looked_at_too_but_for_streams(run: Run, tmp_p
     (tmp_path / "a.gz").write_bytes(gzip.compress(json.dumps(rows).encode())[:-9])
     assert refused(run, "model=demo", "device=cpu", "input=a.gz").startswith("input=a.gz can't be read: Compressed")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gz", "b.jsonl"]
+
+
+def test_a_table_of_answers_is_looked_at_where_it_will_be(run: Run, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "3+4="}\n')
+    _, out, _ = run("model=demo", "device=cpu", "input=in.jsonl", "output=out.parquet")
+    assert "output      out.parquet: " in out
+    parquet.write_table(pytest.importorskip("pyarrow").table({"prompt": ["1+1="]}), tmp_path / "out.parquet")
+    told = refused(run, "model=demo", "device=cpu", "input=in.jsonl", "output=out.parquet")
+    assert told.startswith("output=out.parquet exists and was made by no run")
+    _, out, _ = run("model=demo", "device=cpu", "input=out.parquet")
+    assert "out.parquet: 1 rows, 0.0 MiB; of the first 1 0 will be error lines\n" in out
+    assert "prompt from column prompt\n" in out

@@ -1,8 +1,8 @@
 """Values of a table's columns on their way through JSON and back into a table.
 
-What JSON can say keeps its type: booleans, numbers, strings, lists and structs of them. Times, dates and decimals
-travel as text, bytes as base64, and get their type back. All else (durations, maps, structs that hold bytes) becomes
-JSON text and stays that. NaN and infinity become null.
+What JSON can say keeps its type: booleans, numbers, strings, lists and structs of them. Timestamps, dates and decimals
+travel as text, bytes as base64, and get their type back. All else (times of day, durations, maps, structs that hold
+bytes) becomes text and stays that. NaN and infinity become null.
 """
 
 import base64
@@ -14,14 +14,17 @@ from spmd.formats.tables import pyarrow
 
 def to_json(column: Any) -> list[Any]:
     """The values of an Arrow array as JSON can hold them."""
-    arrow, kind = pyarrow("a column"), column.type
+    arrow = pyarrow("a column")
+    if arrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
     if _is_json(kind):
         return _list(column)
     if _is_text(kind):
         return _list(column.cast(arrow.string()))
     if _is_bytes(kind):
         return [None if value is None else base64.b64encode(value).decode() for value in column.to_pylist()]
-    return [None if value is None else json.dumps(value, default=_shown) for value in column.to_pylist()]
+    return [None if value is None else _text_of(value) for value in column.to_pylist()]
 
 
 def from_json(values: list[Any], kind: Any) -> Any:
@@ -65,7 +68,7 @@ def _is_json(kind: Any) -> bool:
 
 def _is_text(kind: Any) -> bool:
     types = pyarrow("a column").types
-    return any(check(kind) for check in (types.is_timestamp, types.is_date, types.is_time, types.is_decimal))
+    return any(check(kind) for check in (types.is_timestamp, types.is_date, types.is_decimal))
 
 
 def _is_bytes(kind: Any) -> bool:
@@ -76,6 +79,10 @@ def _is_bytes(kind: Any) -> bool:
 def _list(column: Any) -> list[Any]:
     values: list[Any] = column.to_pylist()
     return values
+
+
+def _text_of(value: Any) -> str:
+    return json.dumps(value, default=_shown) if isinstance(value, list | dict) else str(value)
 
 
 def _shown(value: Any) -> str:

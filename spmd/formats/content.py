@@ -54,6 +54,14 @@ def is_plain(source: Source) -> bool:
         return kind is Kind.LINES
 
 
+def is_table_file(source: Source) -> bool:
+    """Whether a source is a table. Raises: Mistake: it can't be read."""
+    if source.streamed:
+        return False
+    with _reading(source.path), source.open() as file:
+        return is_table(file.read(START))
+
+
 def roles_in(sources: Sequence[Source], columns: Columns) -> list[Roles]:
     """What the columns are of those sources that are tables.
 
@@ -62,10 +70,9 @@ def roles_in(sources: Sequence[Source], columns: Columns) -> list[Roles]:
     """
     found = []
     for source in sources:
-        if not source.streamed:
-            with _reading(source.path), source.open() as file:
-                if is_table(file.read(START)):
-                    found.append(roles_of(source.path, Table(source.path).schema, columns))
+        if is_table_file(source):
+            with _reading(source.path):
+                found.append(roles_of(source.path, Table(source.path).schema, columns))
     if columns.prompt is not None and not found:
         raise Mistake(f"input_column={columns.prompt} is for tables, and input={sources[0].path} is none")
     return found
@@ -78,7 +85,7 @@ def blocks_of(source: Source, columns: Columns) -> Iterator[bytes]:
         Mistake: it can't be read to its end, or is of a kind that isn't read.
     """
     with _reading(source.path), source.open() as file:
-        if not source.streamed and is_table(file.peek(START)):
+        if is_table_file(source):
             yield from table_lines(source.path, columns)
             return
         end = b"\n"
