@@ -103,7 +103,8 @@ class RunFiles:
     def _spool(self, journal: Journal, sources: Sequence[Source], again: bool) -> str:
         """The plain file that is made of the input, for the length of the run."""
         path = journal.paths.spooled
-        print(f"input: {sources[0].path if len(sources) == 1 else f'{len(sources):,} files'}, copied to {path}")
+        name = sources[0].path if len(sources) == 1 else f"{len(sources):,} files"
+        print(f"input: {name}, kept as lines in {path} until all is answered")
         spool(sources, path, columns_of(self.settings), again)
         return str(path)
 

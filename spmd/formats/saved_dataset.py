@@ -58,8 +58,8 @@ def files_of_hub(url: str) -> list[str]:
         folder = Path(snapshot_download(name, repo_type="dataset", revision=CONVERTED, allow_patterns=pattern))
     except Exception as error:  # the Hub's client raises errors of several libraries
         raise Mistake(
-            f"input={url} can't be had: {first_line(error)}; where the Hub is out of reach, download the dataset's "
-            f"Parquet files elsewhere, and give these as input"
+            f"input={url} can't be had: {first_line(error).rstrip('.')}; where the Hub is out of reach, download the "
+            f"dataset's Parquet files elsewhere, and give these as input"
         ) from error
     files = sorted(folder.glob(pattern))
     if len(configs := sorted({file.parts[-3] for file in files})) > 1:

@@ -41,7 +41,7 @@ def roles_of(path: str, schema: Any, columns: Columns) -> Roles:
     """What the columns of a table are, by their names and, of the one with the prompts, its type.
 
     Raises:
-        Mistake: there is no column of prompts, or more than one that may be.
+        Mistake: there is no column of prompts, more than one that may be, or what it holds are none.
     """
     names: list[str] = schema.names
     there = f"its columns are {listed(names, MOST_NAMED)}"
@@ -57,7 +57,8 @@ def roles_of(path: str, schema: Any, columns: Columns) -> Roles:
             what = f"columns {' and '.join(found)}" if found else f"no column {', '.join(MEANT)}"
             raise Mistake(f"input={path} has {what}: input_column=NAME says which holds the prompts; {there}")
         (column,) = found
-    prompt = column if column in MEANT else _key_for(schema.field(column).type)
+    fits = _key_for(path, column, schema.field(column).type)
+    prompt = column if column in MEANT else fits
     known = columns.keys[prompt] - {*MEANT}
     beside = tuple(name for name in names if name in known | {"custom_id"} and name != column)
     return Roles(column, prompt, beside, tuple(name for name in names if name not in (column, *beside)))
@@ -90,13 +91,22 @@ def _row(roles: Roles, values: Mapping[str, Any], carried: Mapping[str, Any], nu
     return row
 
 
-def _key_for(kind: Any) -> str:
-    """The key for prompts of a column's type: messages are structs in a list, a body is one, all else is a prompt."""
+def _key_for(path: str, column: str, kind: Any) -> str:
+    """The key for prompts of a column's type: messages are structs in a list, a body is one, all else is a prompt.
+
+    Raises:
+        Mistake: it is neither text, nor a list, nor a struct.
+    """
     types = pyarrow("a column").types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
     if types.is_struct(kind):
         return "body"
-    is_list = types.is_list(kind) or types.is_large_list(kind)
-    return "messages" if is_list and types.is_struct(kind.value_type) else "prompt"
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return "messages" if types.is_struct(kind.value_type) else "prompt"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "prompt"
+    raise Mistake(f"input={path}: column {column} is {kind}, not text, token ids, messages or bodies")
 
 
 def _prompt(key: str, value: Any) -> Any:

@@ -9,6 +9,7 @@ from spmd.messages import Mistake, first_line
 
 MAGIC = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
 ROWS = 1000  # at a time
+BUFFER = 2**20  # bytes of a column; without a buffer all of a row group is held, which may be the whole file
 
 
 def is_table(start: bytes) -> bool:
@@ -56,7 +57,7 @@ class Table:
 
     def _open(self) -> Any:
         if self._is_parquet:
-            return self._arrow.parquet.ParquetFile(self._path)
+            return self._arrow.parquet.ParquetFile(self._path, buffer_size=BUFFER, pre_buffer=False)
         open_it = self._arrow.ipc.open_stream if self._is_stream else self._arrow.ipc.open_file
         return open_it(self._arrow.memory_map(self._path))
 

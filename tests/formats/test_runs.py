@@ -42,7 +42,7 @@ def test_compressed_files_are_answered_as_the_plain_one_and_go_on_from_it(folder
     Path("x-1.jsonl.gz").write_bytes(gzip.compress(lines(1, 2)))
     Path("x-2.jsonl").write_text(json.dumps(sums(3), indent=1), encoding="utf-16")
     assert run_here(*JOB, "input=x-*", "output=out.jsonl") == 0
-    assert "input: 2 files, copied to " in capsys.readouterr().out
+    assert "input: 2 files, kept as lines in " in capsys.readouterr().out
     assert texts("out.jsonl") == {"1": "2", "2": "4", "3": "6"}
     assert not Path("out.jsonl.parts").exists()
     Path("x-3.jsonl").write_bytes(lines(4))

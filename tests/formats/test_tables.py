@@ -159,6 +159,12 @@ def test_a_table_whose_prompts_are_not_found_is_told(names: list[str], column: s
         rows(write({name: ["a"] for name in names}), column)
 
 
+def test_a_column_that_holds_no_prompts_is_told() -> None:
+    for values, kind in (([b"a"], "binary"), ([1], "int64"), ([None], "null")):
+        with pytest.raises(ValueError, match=rf"in\.parquet: column prompt is {kind}, not text, token ids, messages"):
+            rows(write({"prompt": values}))
+
+
 def test_a_column_is_for_tables_alone() -> None:
     Path("in.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"input_column=q is for tables, and input=in\.jsonl is none"):
