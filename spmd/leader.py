@@ -98,7 +98,7 @@ class Leader:
         opened = self.rows[row.index] = Open(row, len(row.requests))
         for request in row.requests:
             params = request.params
-            checker = StopChecker(self.tokenizer, request.tokens, params) if params.stop else None
+            checker = StopChecker(self.tokenizer, request.prompt.tokens, params) if params.stop else None
             self.choices[request] = Choice(opened, Clock(now), checker, _ends(params))
 
     def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:

@@ -39,9 +39,9 @@ class Finished(NamedTuple):
         stopped_text: str | None = None,
         logprobs: "array[float] | None" = None,
     ) -> "Finished":
-        params, end = request.params, request.prompt_len
+        params = request.params
         return cls(
-            request.tokens[max(0, end - MOST_CONTEXT) : end],
+            request.prompt.tokens[-MOST_CONTEXT:],
             array("i", request.output),
             params.skip_special_tokens,
             params.include_stop_str_in_output,
@@ -64,7 +64,7 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, job: Job) -> "Head":
-        shown = job.prompts if job.return_token_ids else None
+        shown = [prompt.tokens.tolist() for prompt in job.prompts] if job.return_token_ids else None
         return cls(job.index, job.custom_id, job.endpoint.url, job.key, sum(map(len, job.prompts)), shown)
 
 

@@ -16,6 +16,7 @@ from spmd.api.prompts import MOST_CHOICES, TooLong, begun_twice
 from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tokens, integer, sampling_params
 from spmd.config import SamplingConfig
 from spmd.messages import listed, show
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request
 
 MAX_LINE_BYTES = 16 * 2**20  # a prompt of a million token ids takes about half of this
@@ -93,7 +94,7 @@ class Job:
     custom_id: str
     endpoint: Endpoint  # what kind of request it is
     requests: list[Request]  # prompt by prompt
-    prompts: list[list[int]]  # token ids
+    prompts: list[Prompt]
     return_token_ids: bool = False
     key: int | None = None  # digest of the row's content, see `spmd.api.reader`
 
@@ -149,8 +150,9 @@ class RowParser:
                 raise ValueError(f"stop={show(values['stop'])} needs a tokenizer, and the model has none")
             priority = integer(INT64_MIN)("priority", body.get("priority", 0))
             return_token_ids = boolean("return_token_ids", body.get("return_token_ids", False))
-            prompts = endpoint.prompts(body, self.tokenizer, self.vocab_size, self.longest - 1)
-            self.begun_twice += begun_twice(prompts, body, self.tokenizer)
+            token_ids = endpoint.prompts(body, self.tokenizer, self.vocab_size, self.longest - 1)
+            self.begun_twice += begun_twice(token_ids, body, self.tokenizer)
+            prompts = [*map(Prompt, token_ids)]
             if (count := len(prompts) * values["n"]) > MOST_CHOICES:
                 raise ValueError(f"{len(prompts)} prompts with n={values['n']} are {count}, at most {MOST_CHOICES}")
             if self.longest <= (length := max(map(len, prompts))):
@@ -162,15 +164,13 @@ class RowParser:
             return BadRow(row.index, row.custom_id, str(error))
         return Job(row.index, row.custom_id, endpoint, requests, prompts, return_token_ids)
 
-    def _requests(
-        self, row: Row, values: Mapping[str, Any], prompts: list[list[int]], priority: int
-    ) -> Iterator[Request]:
+    def _requests(self, row: Row, values: Mapping[str, Any], prompts: list[Prompt], priority: int) -> Iterator[Request]:
         """One for each choice, which are counted through the prompts, as in vLLM's server."""
         choice = 0
         for prompt in prompts:
             available = self.longest - len(prompt)
             for params in sampling_params(values, available, row.custom_id, self.eos_token_ids, choice):
-                yield Request(row.index, choice, prompt.copy(), params, priority)
+                yield Request(row.index, choice, prompt, params, priority)
                 choice += 1
 
     def _limit(self) -> str:

@@ -42,7 +42,7 @@ class InputBuilder:
         padding = [0] * (rows - plan.num_decodes)
         positions = plan.starts[: plan.num_decodes] + padding
         if latest is None:
-            tokens = [request.tokens[at] for request, at in zip(decodes, positions, strict=False)] + padding
+            tokens = [r.output[at - r.prompt_len] for r, at in zip(decodes, positions, strict=False)] + padding
         else:
             tokens = [0] * rows
         seats = [request.seat for request in decodes] + [self.padding_seat] * len(padding)
@@ -51,7 +51,7 @@ class InputBuilder:
         for index in range(plan.num_decodes, len(plan.requests)):
             request, start, count = plan.requests[index], plan.starts[index], plan.counts[index]
             spans.append(Span(len(tokens), count, start + count, request.seat))
-            tokens += request.tokens[start : start + count]
+            tokens += request.tokens(start, start + count)
             positions += range(start, start + count)
             seats += [request.seat] * count
         ids, position, seat = self._upload(tokens + positions + seats).view(3, -1)

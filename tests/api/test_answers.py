@@ -30,7 +30,7 @@ def answer(job: Job, *completions: Completion, tokenizer: Any = TOKENIZER) -> di
 
 def finished(row: dict[str, Any], output: list[int]) -> Request:
     request = make_job(**row).requests[0]
-    request.tokens.extend(output)
+    request.output.extend(output)
     return request
 
 
@@ -60,7 +60,7 @@ def test_chat_answer_with_two_choices_and_token_ids() -> None:
     ]
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert [choice["stop_reason"] for choice in body["choices"]] == [None, " wor"]
-    assert body["prompt_token_ids"] == job.prompts[0]
+    assert body["prompt_token_ids"] == job.prompts[0].tokens.tolist()
     assert [choice["token_ids"] for choice in body["choices"]] == [[HELLO, 1], [WORLD]]
     assert body["usage"]["completion_tokens"] == 3
 

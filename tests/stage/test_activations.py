@@ -17,6 +17,7 @@ from spmd.model.architecture import Architecture, read_architecture
 from spmd.model.decoder import Decoder
 from spmd.runtime.compose import CONF
 from spmd.sampling.sampler import Sampler
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 from spmd.stage.activations import SAMPLING_BYTES, activation_bytes
 from spmd.stage.inputs import InputBuilder
@@ -77,7 +78,8 @@ def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
         x = decoder(ids, batch, backend)
         if last:
             params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
-            Sampler(arch.vocab_size, "cpu").sample(x, [Request(i, 0, [1, 2], params) for i in range(8)], [2] * 8)
+            requests = [Request(i, 0, Prompt([1, 2]), params) for i in range(8)]
+            Sampler(arch.vocab_size, "cpu").sample(x, requests, [2] * 8)
     return peak.most
 
 
@@ -102,7 +104,7 @@ def test_no_sampling_takes_more_bytes_a_logit() -> None:
     for values in ({"top_p": 0.9}, {"top_k": 20, "top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 5}):
         params = SamplingParams(repetition_penalty=1.1, presence_penalty=0.5, **values)
         with Peak() as peak:
-            requests = [Request(i, 0, [1, 2], params) for i in range(rows)]
+            requests = [Request(i, 0, Prompt([1, 2]), params) for i in range(rows)]
             Sampler(vocab, "cpu").sample(torch.randn(rows, vocab).bfloat16(), requests, [2] * rows)
         assert peak.most <= (SAMPLING_BYTES + 3) * rows * vocab  # 2 of these are the logits
 
