@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from spmd.api.answers import Finished, Head
-from spmd.api.rows import BadRow, Job
+from spmd.api.rows import SERVER_ERROR, BadRow, Job
 from spmd.api.tokenizer import StopChecker
 from spmd.parallel.packet import Packet, PacketWire
 from spmd.report.metrics import Clock, Metrics
@@ -271,7 +271,7 @@ def _without_numbers(job: Job, request: Request, position: int) -> BadRow:
         f"computed alone; other rows are not affected. Are there NaNs in the checkpoint, or do numbers overflow in "
         f"model.dtype (float32 has room)?"
     )
-    return BadRow(job.index, job.custom_id, reason, "server_error", job.key)
+    return BadRow(job.index, job.custom_id, reason, SERVER_ERROR, job.key)
 
 
 def _finish_reason(request: Request, choice: Choice, token: int, position: int) -> str | None:

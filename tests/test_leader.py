@@ -130,7 +130,7 @@ def test_a_row_without_numbers_even_alone_ends_and_says_so(value: str, params: d
     judged.leader.close()
     (line,) = judged.lines
     assert "no numbers (NaN or infinity) at token 2" in line["error"]["message"]
-    assert line["error"]["code"] == "server_error"
+    assert (line["error"]["code"], line["response"]["status_code"]) == ("server_error", 500)
     assert (judged.leader.metrics.rows_ok, judged.leader.metrics.rows_failed) == (0, 1)
     assert not judged.leader.rows and not judged.leader.choices
 

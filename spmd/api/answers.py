@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from spmd.api.choices import Completion
 from spmd.api.endpoints import BY_URL
-from spmd.api.rows import BadRow, Job
+from spmd.api.rows import SERVER_ERROR, BadRow, Job
 from spmd.api.tokenizer import MOST_CONTEXT, output_text
 from spmd.journal.format import one_line
 from spmd.schedule.request import Request, token_logprobs
@@ -111,10 +111,12 @@ def answer_line(head: Head, completions: Sequence[Completion], model: str, token
 def error_line(row: BadRow) -> str:
     """The line (without newline) that says why a row has no answer, as those of OpenAI's file of errors.
 
-    Clients look at `response.status_code`, or at `error`; so both are there.
+    Clients look at `response.status_code`, or at `error`; so both are there. As servers do, it tells 400, a mistake of
+    the row's, from 500, which is none and may be gone when the row is tried again.
     """
-    error = {"message": row.message, "type": "invalid_request_error", "param": None, "code": row.code}
-    response = {"status_code": 400, "request_id": f"req_{_digest(row.custom_id)}", "body": {"error": error}}
+    status, kind = (500, "server_error") if row.code == SERVER_ERROR else (400, "invalid_request_error")
+    error = {"message": row.message, "type": kind, "param": None, "code": row.code}
+    response = {"status_code": status, "request_id": f"req_{_digest(row.custom_id)}", "body": {"error": error}}
     return _line(row.custom_id, response, error={"code": row.code, "message": row.message})
 
 

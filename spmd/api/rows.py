@@ -19,6 +19,7 @@ from spmd.messages import listed, show
 from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request
 
+SERVER_ERROR = "server_error"  # the code of what is no fault of the row
 MAX_LINE_BYTES = 16 * 2**20  # a prompt of a million token ids takes about half of this
 MOST_KEYS = 8  # of a row, that a message lists
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body", "metadata"})
@@ -77,12 +78,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be answered."""
+    """A row that cannot be answered, by its own fault or, with SERVER_ERROR, by none of its own."""
 
     index: int
     custom_id: str
     message: str
-    code: str = "invalid_request"  # or invalid_json, duplicate_custom_id, context_length_exceeded
+    code: str = "invalid_request"  # or one of those in docs/batch-files.md
     key: int | None = None  # as a Job's
 
 
