@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from spmd.api.answers import Finished, Head
-from spmd.api.rows import BadRow, Job
+from spmd.api.rows import SERVER_ERROR, BadRow, Job
 from spmd.api.tokenizer import StopChecker
 from spmd.parallel.packet import Packet, PacketWire
 from spmd.report.metrics import Clock, Metrics
@@ -98,7 +98,7 @@ class Leader:
         opened = self.rows[row.index] = Open(row, len(row.requests))
         for request in row.requests:
             params = request.params
-            checker = StopChecker(self.tokenizer, request.tokens, params) if params.stop else None
+            checker = StopChecker(self.tokenizer, request.prompt.tokens, params) if params.stop else None
             self.choices[request] = Choice(opened, Clock(now), checker, _ends(params))
 
     def judge(self, plan: Plan, sampled: Sampled) -> tuple[list[int], list[bool]]:
@@ -271,7 +271,7 @@ def _without_numbers(job: Job, request: Request, position: int) -> BadRow:
         f"computed alone; other rows are not affected. Are there NaNs in the checkpoint, or do numbers overflow in "
         f"model.dtype (float32 has room)?"
     )
-    return BadRow(job.index, job.custom_id, reason, "server_error", job.key, job.metadata)
+    return BadRow(job.index, job.custom_id, reason, SERVER_ERROR, job.key, job.metadata)
 
 
 def _finish_reason(request: Request, choice: Choice, token: int, position: int) -> str | None:

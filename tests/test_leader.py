@@ -14,12 +14,13 @@ from spmd.processes.answer_writer import AnswerWriter
 from spmd.report.metrics import Metrics
 from spmd.sampling.sampler import PackedLogprobs, Sampled, Sampler
 from spmd.schedule.plan import Plan
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import NO_TOKEN, Request, SamplingParams
 from tests.support.tiny_tokenizer import make_tokenizer
 
 VOCAB = 269
 TOKENIZER = make_tokenizer()
-PROMPT = [7, 8, 9]
+PROMPT = Prompt([7, 8, 9])
 
 
 class Judged:
@@ -29,7 +30,7 @@ class Judged:
         self.lines: list[dict[str, Any]] = []
         writer = AnswerWriter(TOKENIZER, "tested", lambda _, line, *key: self.lines.append(json.loads(line)))
         self.leader = Leader(TOKENIZER, Metrics(), writer)
-        self.request = Request(0, 0, [*PROMPT], SamplingParams(temperature=0.0, **params))
+        self.request = Request(0, 0, PROMPT, SamplingParams(temperature=0.0, **params))
         self.leader.open(Job(0, "a", COMPLETIONS, [self.request], [PROMPT], return_token_ids=True))
         self.judged = 0
 
@@ -43,7 +44,7 @@ class Judged:
 
     def answer(self, tokens: list[int]) -> dict[str, Any]:
         """The choice of the answer, once the tokens are committed."""
-        self.request.tokens += tokens
+        self.request.output += tokens
         self.leader.finish(self.request)
         (line,) = self.lines
         choice: dict[str, Any] = line["response"]["body"]["choices"][0]
@@ -124,12 +125,12 @@ def test_a_row_without_numbers_even_alone_ends_and_says_so(value: str, params: d
     assert judged.leader.judge(plan, nowhere) == ([NO_TOKEN], [True])
     judged.judged = 2
     assert judged.token(42), "another"
-    judged.request.tokens.append(41)
+    judged.request.output.append(41)
     judged.leader.finish(judged.request)
     judged.leader.close()
     (line,) = judged.lines
     assert "no numbers (NaN or infinity) at token 2" in line["error"]["message"]
-    assert line["error"]["code"] == "server_error"
+    assert (line["error"]["code"], line["response"]["status_code"]) == ("server_error", 500)
     assert (judged.leader.metrics.rows_ok, judged.leader.metrics.rows_failed) == (0, 1)
     assert not judged.leader.rows and not judged.leader.choices
 
@@ -160,9 +161,7 @@ def test_one_choice_without_numbers_ends_the_row_s_other_choices_and_no_other_ro
         TOKENIZER, Metrics(), AnswerWriter(TOKENIZER, "tested", lambda _, line, *key: lines.append(json.loads(line)))
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=3)
-    first, bad, late, other = (
-        Request(row, choice, [*PROMPT], greedy) for row, choice in ((0, 0), (0, 1), (0, 2), (1, 0))
-    )
+    first, bad, late, other = (Request(row, choice, PROMPT, greedy) for row, choice in ((0, 0), (0, 1), (0, 2), (1, 0)))
     leader.open(Job(0, "a", COMPLETIONS, [first, bad, late], [PROMPT]))
     leader.open(Job(1, "b", COMPLETIONS, [other], [PROMPT]))
 
@@ -181,7 +180,7 @@ def test_one_choice_without_numbers_ends_the_row_s_other_choices_and_no_other_ro
     leader.finish(bad)
     assert not lines
     assert judge({first: 42, late: 40, other: 42}, 2) == [True, True, True]
-    other.tokens += [40, 41, 42]
+    other.output += [40, 41, 42]
     for request in (first, late, other):
         leader.finish(request)
     assert [(line["custom_id"], line["error"] is None) for line in lines] == [("a", False), ("b", True)]
@@ -197,7 +196,7 @@ def test_an_answer_that_cannot_be_put_together_fails_its_row_alone() -> None:
     logprobs = PackedLogprobs(1, [0], [1], HostCopy(unwritable))
     tokens, verdicts = broken.leader.judge(plan, Sampled(torch.tensor([40]), logprobs))
     assert verdicts == [True]
-    broken.request.tokens += tokens
+    broken.request.output += tokens
     broken.leader.finish(broken.request)
     broken.leader.close()
     (line,) = broken.lines
@@ -215,12 +214,12 @@ def test_a_tokenizer_that_fails_fails_one_choice_and_so_its_row() -> None:
 
     lines: list[str] = []
     leader = Leader(TOKENIZER, Metrics(), AnswerWriter(Fails(), "tested", lambda _, line, *key: lines.append(line)))
-    requests = [Request(0, choice, [*PROMPT], SamplingParams(temperature=0.0, max_tokens=1)) for choice in range(2)]
+    requests = [Request(0, choice, PROMPT, SamplingParams(temperature=0.0, max_tokens=1)) for choice in range(2)]
     leader.open(Job(0, "a", COMPLETIONS, requests, [PROMPT]))
     plan = Plan(0, sampled=requests, sample_positions=[len(PROMPT)] * 2)
     leader.judge(plan, sampled(plan, 40))
     for request in requests:
         assert not lines
-        request.tokens.append(40)
+        request.output.append(40)
         leader.finish(request)
     assert len(lines) == 1 and "no such id" in lines[0]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from spmd.api.choices import Completion
 from spmd.api.endpoints import BY_URL
-from spmd.api.rows import BadRow, Job
+from spmd.api.rows import SERVER_ERROR, BadRow, Job
 from spmd.api.tokenizer import MOST_CONTEXT, output_text
 from spmd.journal.format import one_line
 from spmd.schedule.request import Request, token_logprobs
@@ -39,9 +39,9 @@ class Finished(NamedTuple):
         stopped_text: str | None = None,
         logprobs: "array[float] | None" = None,
     ) -> "Finished":
-        params, end = request.params, request.prompt_len
+        params = request.params
         return cls(
-            request.tokens[max(0, end - MOST_CONTEXT) : end],
+            request.prompt.tokens[-MOST_CONTEXT:],
             array("i", request.output),
             params.skip_special_tokens,
             params.include_stop_str_in_output,
@@ -65,7 +65,7 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, job: Job) -> "Head":
-        shown = job.prompts if job.return_token_ids else None
+        shown = [prompt.tokens.tolist() for prompt in job.prompts] if job.return_token_ids else None
         prompt_tokens = sum(map(len, job.prompts))
         return cls(job.index, job.custom_id, job.endpoint.url, job.key, prompt_tokens, shown, job.metadata)
 
@@ -113,10 +113,12 @@ def answer_line(head: Head, completions: Sequence[Completion], model: str, token
 def error_line(row: BadRow) -> str:
     """The line (without newline) that says why a row has no answer, as those of OpenAI's file of errors.
 
-    Clients look at `response.status_code`, or at `error`; so both are there.
+    Clients look at `response.status_code`, or at `error`; so both are there. As servers do, it tells 400, a mistake of
+    the row's, from 500, which is none and may be gone when the row is tried again.
     """
-    error = {"message": row.message, "type": "invalid_request_error", "param": None, "code": row.code}
-    response = {"status_code": 400, "request_id": f"req_{_digest(row.custom_id)}", "body": {"error": error}}
+    status, kind = (500, "server_error") if row.code == SERVER_ERROR else (400, "invalid_request_error")
+    error = {"message": row.message, "type": kind, "param": None, "code": row.code}
+    response = {"status_code": status, "request_id": f"req_{_digest(row.custom_id)}", "body": {"error": error}}
     return _line(row.custom_id, response, {"code": row.code, "message": row.message}, row.metadata)
 
 

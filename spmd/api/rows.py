@@ -18,8 +18,10 @@ from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tok
 from spmd.config import SamplingConfig
 from spmd.formats.kind import MAX_LINE_BYTES
 from spmd.messages import listed, show
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request
 
+SERVER_ERROR = "server_error"  # the code of what is no fault of the row
 MOST_KEYS = 8  # of a row, that a message lists
 BATCH_KEYS = frozenset({"custom_id", "method", "url", "body", "metadata"})
 BODY_KEYS = frozenset[str]().union(*(endpoint.keys for endpoint in ENDPOINTS))
@@ -79,12 +81,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be answered."""
+    """A row that cannot be answered, by its own fault or, with SERVER_ERROR, by none of its own."""
 
     index: int
     custom_id: str
     message: str
-    code: str = "invalid_request"  # or invalid_json, duplicate_custom_id, context_length_exceeded
+    code: str = "invalid_request"  # or one of those in docs/batch-files.md
     key: int | None = None  # as a Job's
     metadata: str = ""  # likewise
 
@@ -97,7 +99,7 @@ class Job:
     custom_id: str
     endpoint: Endpoint  # what kind of request it is
     requests: list[Request]  # prompt by prompt
-    prompts: list[list[int]]  # token ids
+    prompts: list[Prompt]
     return_token_ids: bool = False
     key: int | None = None  # digest of the row's content, see `spmd.api.reader`
     metadata: str = ""  # the row's own, which its answer repeats: JSON, see `spmd.api.metadata`
@@ -155,8 +157,9 @@ class RowParser:
                 raise ValueError(f"stop={show(values['stop'])} needs a tokenizer, and the model has none")
             priority = integer(INT64_MIN)("priority", body.get("priority", 0))
             return_token_ids = boolean("return_token_ids", body.get("return_token_ids", False))
-            prompts = endpoint.prompts(body, self.tokenizer, self.vocab_size, self.longest - 1)
-            self.begun_twice += begun_twice(prompts, body, self.tokenizer)
+            token_ids = endpoint.prompts(body, self.tokenizer, self.vocab_size, self.longest - 1)
+            self.begun_twice += begun_twice(token_ids, body, self.tokenizer)
+            prompts = [*map(Prompt, token_ids)]
             if (count := len(prompts) * values["n"]) > MOST_CHOICES:
                 raise ValueError(f"{len(prompts)} prompts with n={values['n']} are {count}, at most {MOST_CHOICES}")
             if self.longest <= (length := max(map(len, prompts))):
@@ -169,15 +172,13 @@ class RowParser:
             return BadRow(row.index, row.custom_id, str(error), metadata=metadata)
         return Job(row.index, row.custom_id, endpoint, requests, prompts, return_token_ids, metadata=metadata)
 
-    def _requests(
-        self, row: Row, values: Mapping[str, Any], prompts: list[list[int]], priority: int
-    ) -> Iterator[Request]:
+    def _requests(self, row: Row, values: Mapping[str, Any], prompts: list[Prompt], priority: int) -> Iterator[Request]:
         """One for each choice, which are counted through the prompts, as in vLLM's server."""
         choice = 0
         for prompt in prompts:
             available = self.longest - len(prompt)
             for params in sampling_params(values, available, row.custom_id, self.eos_token_ids, choice):
-                yield Request(row.index, choice, prompt.copy(), params, priority)
+                yield Request(row.index, choice, prompt, params, priority)
                 choice += 1
 
     def _limit(self) -> str:

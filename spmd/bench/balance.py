@@ -25,6 +25,7 @@ from spmd.bench.simulation import Fleet
 from spmd.parallel.groups import disconnect
 from spmd.parallel.load import LoadExchange
 from spmd.schedule.balance import Load, Rules
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
 PROMPT, MEDIAN, SIGMA, LONGEST = 64, 60, 1.5, 2000  # tokens of a prompt, of outputs, and their spread
@@ -40,8 +41,9 @@ def lognormal_jobs(rows: int, sigma: float = SIGMA, seed: int = 0) -> list[Job]:
 
 
 def make_job(index: int, prompt: int, output: int) -> Job:
-    tokens, params = [index % 1000] * prompt, SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-    return Job(index, str(index), COMPLETIONS, [Request(index, 0, [*tokens], params)], [tokens])
+    params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+    shared = Prompt([index % 1000] * prompt)
+    return Job(index, str(index), COMPLETIONS, [Request(index, 0, shared, params)], [shared])
 
 
 def balance_rows(dp: int, rows: int) -> Iterator[str]:

@@ -33,6 +33,7 @@ from spmd.schedule.blocks import BlockPool
 from spmd.schedule.digests import Undigested
 from spmd.schedule.limits import Limits
 from spmd.schedule.plan import Plan
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Scheduler
 from spmd.signals import Stop
@@ -141,7 +142,7 @@ def jobs(running: int, tokens: int, max_tokens: int) -> list[Job]:
     """Greedy requests of about `tokens` tokens, which start new blocks at different ticks."""
     made = []
     for index in range(running):
-        prompt = [(index * 7919 + place) % 50_000 for place in range(tokens + index % BLOCK_SIZE)]
+        prompt = Prompt((index * 7919 + place) % 50_000 for place in range(tokens + index % BLOCK_SIZE))
         request = Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0))
         made.append(Job(index, str(index), COMPLETIONS, [request], [prompt]))
     return made

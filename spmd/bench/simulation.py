@@ -73,7 +73,7 @@ class MadeUp:
                 self.ghosts += 1
                 token, ends = -1, position % 2 == 0
             else:
-                assert position == len(request.tokens)
+                assert position == request.num_tokens
                 token = self.token(request)
                 ends = is_last(request, token, position)
             packet.tokens.append(token)

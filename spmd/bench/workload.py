@@ -9,6 +9,7 @@ from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import SKIPPED, Skipped
 from spmd.config import WorkloadConfig
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
 
@@ -55,11 +56,11 @@ class Workload:
         self._numbers = count()
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
-        if (prompt := next(self._prompts, None)) is None:
+        if (drawn := next(self._prompts, None)) is None:
             return None
         index = next(self._numbers)
         if not own:
             return SKIPPED
-        tokens, output = prompt
-        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-        return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, tokens, params)], [tokens])
+        tokens, output = drawn
+        params, prompt = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True), Prompt(tokens)
+        return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, prompt, params)], [prompt])

@@ -5,7 +5,7 @@ from typing import Any
 
 from spmd.api.answers import Finished, Head, answer_line, complete, error_line
 from spmd.api.choices import Completion
-from spmd.api.rows import BadRow
+from spmd.api.rows import SERVER_ERROR, BadRow
 from spmd.messages import first_line
 
 Write = Callable[[int, str, int | None, bool], None]  # (row, line, key, whether it is an error)
@@ -44,7 +44,7 @@ class AnswerWriter:
         except Exception as error:
             self.failed += 1
             reason = f"the answer can't be put together: {first_line(error)}"
-            self.error(BadRow(head.row, head.custom_id, reason, "server_error", head.key, head.metadata))
+            self.error(BadRow(head.row, head.custom_id, reason, SERVER_ERROR, head.key, head.metadata))
         else:
             self.write(head.row, line, head.key, False)
 

@@ -5,6 +5,7 @@ from array import array
 
 from spmd.api.endpoints import BY_URL
 from spmd.api.rows import BadRow, Job
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request
 
 
@@ -18,7 +19,7 @@ def pack(row: Job | BadRow) -> bytes:
             row.index,
             row.custom_id,
             row.endpoint.url,
-            [array("i", prompt).tobytes() for prompt in row.prompts],
+            [prompt.tokens.tobytes() for prompt in row.prompts],
             params,
             row.requests[0].priority,
             row.return_token_ids,
@@ -34,9 +35,7 @@ def unpack(packed: bytes) -> Job | BadRow:
     if isinstance(row, BadRow):
         return row
     index, custom_id, url, packed_prompts, params, priority, return_token_ids, key, metadata = row
-    prompts = [array("i", ids).tolist() for ids in packed_prompts]
+    prompts = [Prompt(array("i", ids)) for ids in packed_prompts]
     n = len(params) // len(prompts)
-    requests = [
-        Request(index, choice, prompts[choice // n].copy(), each, priority) for choice, each in enumerate(params)
-    ]
+    requests = [Request(index, choice, prompts[choice // n], each, priority) for choice, each in enumerate(params)]
     return Job(index, custom_id, BY_URL[url], requests, prompts, return_token_ids, key, metadata)

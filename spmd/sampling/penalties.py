@@ -46,7 +46,7 @@ class TokenCounts:
         if not self.free:
             self._make_room()
         row = self.taken[request, request.alone] = self.free.pop()
-        tokens = to_device(request.tokens, torch.int64, self.table.device)
+        tokens = to_device(request.tokens(), torch.int64, self.table.device)
         self.table[row].zero_().index_fill_(0, tokens[: request.prompt_len], IN_PROMPT)
         output = tokens[request.prompt_len :]
         self.add(torch.full_like(output, row), output)

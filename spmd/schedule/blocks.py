@@ -53,8 +53,11 @@ class BlockPool:
         unclean, self._unclean = self._unclean, []
         return unclean
 
-    def find(self, hashes: Sequence[bytes]) -> list[int]:
-        """Blocks of the longest known prefix of a chain of block hashes; not yet held by the caller."""
+    def find(self, hashes: Iterable[bytes]) -> list[int]:
+        """Blocks of the longest known prefix of a chain of block hashes; not yet held by the caller.
+
+        It takes no more hashes than it needs.
+        """
         found = []
         for digest in hashes:
             if (block := self._block_of.get(digest)) is None:

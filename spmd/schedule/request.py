@@ -1,9 +1,11 @@
-"""One request: what was asked (prompt, sampling parameters) and how far it has come (tokens, blocks, seat)."""
+"""One request: what was asked (prompt, sampling parameters) and how far it has come (output, blocks, seat)."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from spmd.schedule.prompt import Prompt
 
 NO_TOKEN = -1  # stands where a token would, of a row whose logits are no finite numbers
 
@@ -66,16 +68,16 @@ def token_logprobs(numbers: Sequence[float], count: int) -> list[TokenLogprobs]:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence to generate. `tokens` is the prompt followed by the committed output.
+    """One sequence to generate. Its tokens are those of the prompt, followed by the committed output.
 
-    With lookahead `scheduled` may run ahead of `tokens`: rows are planned whose tokens are known to the device alone.
+    With lookahead `scheduled` may run ahead of them: rows are planned whose tokens are known to the device alone.
     Why it ended is in the leader's own record of it (`spmd.leader.Choice`); no other rank needs to know.
     """
 
-    # What was asked. Nobody writes these once the request is made, but for the scheduler, which appends to `tokens`.
+    # What was asked. Nobody writes these once the request is made.
     index: int  # row of the input, counted from 0
     choice: int  # 0 .. n-1 of the row
-    tokens: list[int]
+    prompt: Prompt  # shared with the other choices of it
     params: SamplingParams
     priority: int = 0  # smaller runs earlier
     waits_for_token: bool = False  # no token may be sampled before the host knows the one before it, as for a grammar
@@ -83,11 +85,12 @@ class Request:
     full_length: int = field(init=False)  # `scheduled` once its last token by max_tokens is planned, which has no row
     plain_from: float = field(init=False)  # tokens from this position on are `params.plain`; inf: none
     # How far it has come. Written by the scheduler alone, on every rank of a replica alike; read by all.
+    output: list[int] = field(default_factory=list)  # committed token ids
     scheduled: int = 0  # tokens whose keys and values are computed or planned
     in_flight: int = 0  # plans that hold this request and aren't committed
     seat: int = -1  # row of the block table while running, else -1
     blocks: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)  # content hash of each full block of tokens[:scheduled]
+    hashes: list[bytes] = field(default_factory=list)  # content hashes of full blocks behind those of the prompt alone
     num_registered: int = 0  # its first blocks that others may share
     retired: bool = False  # gets no more rows
     finished: bool = False  # its last token is committed; rows still in flight give it none
@@ -95,16 +98,25 @@ class Request:
     alone: bool = False  # computed once more since, in blocks that were cleared and that nobody else has filled
 
     def __post_init__(self) -> None:
-        self.prompt_len = len(self.tokens)
+        self.prompt_len = len(self.prompt)
         self.full_length = self.prompt_len + self.params.max_tokens - 1
         self.plain_from = self.prompt_len + self.params.min_tokens if self.params.plain else math.inf
 
     @property
-    def output(self) -> Sequence[int]:
-        """Committed output token ids."""
-        return self.tokens[self.prompt_len :]
+    def num_tokens(self) -> int:
+        """Of prompt and committed output."""
+        return self.prompt_len + len(self.output)
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> Sequence[int]:
+        """Token ids of prompt and committed output, from position `start` up to `stop`, or to the last one."""
+        prompt, behind = self.prompt.tokens, self.prompt_len
+        if stop is None:
+            stop = self.num_tokens
+        if stop <= behind:
+            return prompt[start:stop]
+        return [*prompt[start:], *self.output[max(0, start - behind) : stop - behind]]
 
     @property
     def num_known(self) -> int:
         """The first tokens that are committed and have their keys and values computed or planned."""
-        return min(self.scheduled, len(self.tokens))
+        return min(self.scheduled, self.num_tokens)

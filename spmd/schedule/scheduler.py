@@ -98,7 +98,7 @@ class Scheduler:
 
     @staticmethod
     def _awaits_token(request: Request) -> bool:
-        return request.waits_for_token and request.scheduled == len(request.tokens)
+        return request.waits_for_token and request.scheduled == request.num_tokens
 
     def _retire(self, request: Request) -> None:
         if not request.retired:
@@ -182,12 +182,12 @@ class Scheduler:
             request = next(queue, None) or (self._admit(plan) if admit else None)
             if request is None:
                 break
-            count = min(len(request.tokens) - request.scheduled, budget)
+            count = min(request.num_tokens - request.scheduled, budget)
             plan.add_chunk(request, count)
             request.scheduled += count
             request.in_flight += 1
             self._register(request)
-            if request.scheduled == len(request.tokens):
+            if request.scheduled == request.num_tokens:
                 self.prefilling.remove(request)
                 self.num_decoding += 1
             budget -= count
@@ -202,7 +202,7 @@ class Scheduler:
         if not self.limits.prefill_spread or self.limits.exclusive:
             return self.limits.max_num_batched_tokens
         seated = [*self.prefilling, *self.waiting[: len(self._free_seats) if admit else 0]]
-        pending = sum(len(request.tokens) - request.scheduled for request in seated)
+        pending = sum(request.num_tokens - request.scheduled for request in seated)
         size = self.pool.block_size
         share = max(self.limits.prefill_min, pending // self.limits.prefill_spread)
         return round_up(share, size)
@@ -213,7 +213,7 @@ class Scheduler:
             return None
         request = self.waiting[0]
         shared = self._known_prefix(request)
-        needed = ceil_div(len(request.tokens), self.pool.block_size) - len(shared)
+        needed = ceil_div(request.num_tokens, self.pool.block_size) - len(shared)
         if needed > self.pool.num_free - self.pool.num_idle(shared):
             return None
         del self.waiting[0]
@@ -225,7 +225,7 @@ class Scheduler:
         plan.new_blocks.extend((request.seat, index, block) for index, block in enumerate(request.blocks))
         self.prefilling.append(request)
         if self.pool.caching:
-            self.counters.queried_tokens += len(request.tokens)
+            self.counters.queried_tokens += request.num_tokens
             self.counters.cached_tokens += request.scheduled
         return request
 
@@ -233,14 +233,21 @@ class Scheduler:
         """Cached blocks of the request's tokens; never all of them, since the last token's logits must be computed."""
         if not self.pool.caching or request.alone:
             return []
-        self._extend_hashes(request, (len(request.tokens) - 1) // self.pool.block_size)
-        return self.pool.find(request.hashes[: (len(request.tokens) - 1) // self.pool.block_size])
+        most = (request.num_tokens - 1) // self.pool.block_size
+        return self.pool.find(self._hash(request, index) for index in range(most))
 
-    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
+    def _hash(self, request: Request, index: int) -> bytes:
+        """Content hash of a full block of a request, whose blocks are asked for in order.
+
+        Each is computed once, those that hold nothing but prompt once for all choices of that.
+        """
         size = self.pool.block_size
-        for index in range(len(request.hashes), num_blocks):
-            parent = request.hashes[-1] if request.hashes else b""
-            request.hashes.append(hash_block(parent, request.tokens[index * size : (index + 1) * size]))
+        shared = request.prompt_len // size
+        hashes, at = (request.prompt.hashes, index) if index < shared else (request.hashes, index - shared)
+        if at == len(hashes):
+            parent = self._hash(request, index - 1) if index else b""
+            hashes.append(hash_block(parent, request.tokens(index * size, (index + 1) * size)))
+        return hashes[at]
 
     def _finalise(self, plan: Plan) -> None:
         """Decide the padding and who is sampled."""
@@ -255,10 +262,10 @@ class Scheduler:
         for index in range(plan.num_decodes, len(plan.requests)):
             request = plan.requests[index]
             row += plan.counts[index]
-            if plan.starts[index] + plan.counts[index] == len(request.tokens):
+            if plan.starts[index] + plan.counts[index] == request.num_tokens:
                 plan.sampled.append(request)
                 plan.sample_rows.append(row - 1)
-                plan.sample_positions.append(len(request.tokens))
+                plan.sample_positions.append(request.num_tokens)
 
     def _register(self, request: Request) -> None:
         """Let others share the blocks that are full by now.
@@ -268,9 +275,8 @@ class Scheduler:
         """
         full = request.num_known // self.pool.block_size
         if self.pool.caching and full > request.num_registered:
-            self._extend_hashes(request, full)
             for index in range(request.num_registered, full):
-                self.pool.register(request.blocks[index], request.hashes[index])
+                self.pool.register(request.blocks[index], self._hash(request, index))
             request.num_registered = full
 
     # -- commit --------------------------------------------------------------------------------------------------
@@ -308,8 +314,8 @@ class Scheduler:
         if token == NO_TOKEN:
             request.spoilt = True
             return False
-        request.tokens.append(token)
-        if len(request.tokens) % self.pool.block_size == 0:
+        request.output.append(token)
+        if request.num_tokens % self.pool.block_size == 0:
             self._register(request)
         return True
 

@@ -6,7 +6,7 @@ import pytest
 
 from spmd.api.answers import Finished, Head, answer_line, complete, error_line
 from spmd.api.choices import Completion
-from spmd.api.rows import BadRow, Job, RowParser
+from spmd.api.rows import SERVER_ERROR, BadRow, Job, RowParser
 from spmd.config import SamplingConfig
 from spmd.schedule.request import Request, TokenLogprobs
 from tests.support.tiny_tokenizer import make_tokenizer
@@ -30,7 +30,7 @@ def answer(job: Job, *completions: Completion, tokenizer: Any = TOKENIZER) -> di
 
 def finished(row: dict[str, Any], output: list[int]) -> Request:
     request = make_job(**row).requests[0]
-    request.tokens.extend(output)
+    request.output.extend(output)
     return request
 
 
@@ -60,7 +60,7 @@ def test_chat_answer_with_two_choices_and_token_ids() -> None:
     ]
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert [choice["stop_reason"] for choice in body["choices"]] == [None, " wor"]
-    assert body["prompt_token_ids"] == job.prompts[0]
+    assert body["prompt_token_ids"] == job.prompts[0].tokens.tolist()
     assert [choice["token_ids"] for choice in body["choices"]] == [[HELLO, 1], [WORLD]]
     assert body["usage"]["completion_tokens"] == 3
 
@@ -104,6 +104,16 @@ def test_error_line() -> None:
     assert line["response"]["status_code"] == 400 and line["response"]["request_id"].startswith("req_")
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_request"}
     assert line["response"]["body"] == {"error": error}
+
+
+def test_an_error_that_is_no_fault_of_the_row_has_the_status_of_a_server() -> None:
+    line = json.loads(error_line(BadRow(3, "row-3", "no numbers", SERVER_ERROR)))
+    assert line["response"]["status_code"] == 500
+    error = {"message": "no numbers", "type": "server_error", "param": None, "code": "server_error"}
+    assert line["response"]["body"] == {"error": error}
+    assert line["error"] == {"code": "server_error", "message": "no numbers"}
+    for code in ("invalid_json", "duplicate_custom_id", "context_length_exceeded"):
+        assert json.loads(error_line(BadRow(3, "row-3", "why", code)))["response"]["status_code"] == 400
 
 
 def test_lines_are_one_line_and_the_same_in_every_run() -> None:

@@ -62,9 +62,9 @@ def test_batch_completion() -> None:
     job = make_parser().parse(batch("a", "/v1/completions", body), 3)
     assert isinstance(job, Job)
     assert (job.index, job.custom_id, job.endpoint, job.return_token_ids) == (3, "a", COMPLETIONS, True)
-    assert job.prompts[0] == TOKENIZER.encode("hello world") == [0, 264, 267, 268]
+    assert job.prompts[0].tokens.tolist() == TOKENIZER.encode("hello world") == [0, 264, 267, 268]
     [request] = job.requests
-    assert (request.index, request.choice, request.tokens, request.priority) == (3, 0, job.prompts[0], -2)
+    assert (request.index, request.choice, request.prompt, request.priority) == (3, 0, job.prompts[0], -2)
     assert request.params.max_tokens == 5
     assert request.params.eos_token_ids == (TOKENIZER.eos_token_id,)
 
@@ -74,12 +74,12 @@ def test_batch_chat_goes_through_the_template() -> None:
     job = make_parser().parse(batch("a", "/v1/chat/completions", {"messages": messages}), 0)
     assert isinstance(job, Job) and job.endpoint is CHAT
     expected = "<|system|>be<eos><|user|>hello<eos><|assistant|>"
-    assert job.prompts[0] == TOKENIZER.encode(expected, add_special_tokens=False)
+    assert job.prompts[0].tokens.tolist() == TOKENIZER.encode(expected, add_special_tokens=False)
 
 
 def test_chat_options_reach_the_template() -> None:
     def text(messages: list[dict[str, str]], **more: Any) -> str:
-        decoded: str = TOKENIZER.decode(job_of({"messages": messages, **more}).prompts[0])
+        decoded: str = TOKENIZER.decode(job_of({"messages": messages, **more}).prompts[0].tokens.tolist())
         return decoded
 
     user, begun = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "he"}
@@ -99,7 +99,7 @@ def test_short_rows_get_an_id_unless_they_have_one() -> None:
         assert parse(row).custom_id == "row-7"
         assert parse(row | {"custom_id": "mine"}).custom_id == "mine"
     job = job_of({"prompt": [5, 6], "temperature": 0.5, "metadata": {"of": "mine"}})
-    assert job.prompts[0] == [5, 6] and job.requests[0].params.temperature == 0.5
+    assert job.prompts[0].tokens.tolist() == [5, 6] and job.requests[0].params.temperature == 0.5
 
 
 def test_byte_order_mark_line_end_and_nulls_are_harmless() -> None:
@@ -111,8 +111,9 @@ def test_n_choices_share_all_but_their_stream() -> None:
     job = job_of({"prompt": "hello", "n": 3})
     assert [request.choice for request in job.requests] == [0, 1, 2]
     assert len({request.params.stream for request in job.requests}) == 3
-    job.requests[0].tokens.append(5)
-    assert job.requests[1].tokens == job.prompts[0] == TOKENIZER.encode("hello")
+    job.requests[0].output.append(5)
+    assert [*job.requests[1].tokens()] == job.prompts[0].tokens.tolist() == TOKENIZER.encode("hello")
+    assert all(request.prompt is job.prompts[0] for request in job.requests)
 
 
 def test_logprobs_of_both_kinds() -> None:
@@ -144,7 +145,7 @@ def test_a_prompt_that_leaves_no_token_for_the_output() -> None:
 
 
 def test_without_a_tokenizer_only_token_ids_go() -> None:
-    assert job_of({"prompt": [5, 6]}, tokenizer=None).prompts[0] == [5, 6]
+    assert job_of({"prompt": [5, 6]}, tokenizer=None).prompts[0].tokens.tolist() == [5, 6]
     assert "no tokenizer" in message_of({"prompt": "hello"}, tokenizer=None)
     assert "none" in message_of({"messages": [{"role": "user", "content": "hi"}]}, tokenizer=None)
     assert "tokenizer" in message_of({"prompt": [5], "stop": "x"}, tokenizer=None)
@@ -385,7 +386,7 @@ def test_a_text_that_brings_its_own_beginning_is_told() -> None:
         *({"prompt": [0, 0, 7]}, {"messages": [{"role": "user", "content": "<bos><bos>"}]}, {"prompt": "<bos>x"}),
     ]
     jobs = [parser.parse(json.dumps(row).encode(), place) for place, row in enumerate(rows)]
-    assert isinstance(jobs[1], Job) and jobs[1].prompts[0][:2] == [0, 0]
+    assert isinstance(jobs[1], Job) and jobs[1].prompts[0].tokens[:2].tolist() == [0, 0]
     assert parser.begun_twice == 2
     parser.parse(b'{"prompt": ["<bos>a", "b", "<bos>c"]}', 6)
     assert parser.begun_twice == 4

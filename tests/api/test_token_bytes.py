@@ -135,7 +135,7 @@ def test_an_answer_cut_by_length_ends_with_a_whole_character() -> None:
     job = parser.parse(json.dumps({"prompt": "hello", "max_tokens": 4}).encode(), 0)
     assert isinstance(job, Job)
     [request] = job.requests
-    request.tokens.extend([*ids("a"), *ids("😀")[:3]])
+    request.output.extend([*ids("a"), *ids("😀")[:3]])
     done = complete(BYTE_LEVEL, Finished.of(request, "length"))
     assert (done.text, len(done.token_ids)) == ("a", 4)
     body = json.loads(answer_line(Head.of(job), [done], "tiny", BYTE_LEVEL))["response"]["body"]

@@ -19,6 +19,7 @@ from spmd.model.decoder import Decoder
 from spmd.model.rope import RopeConfig
 from spmd.parallel.groups import Groups
 from spmd.schedule.plan import Plan
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 from spmd.stage.build import build_stage
 from spmd.topology import Topology
@@ -98,7 +99,7 @@ def run(decoder: Decoder, backend: str, block_size: int, alone: bool = False) ->
     scheduler = build_scheduler(settings)
     for index, (prompt_len, max_tokens) in enumerate(LENGTHS):
         prompt = [token_at(index, position) for position in range(prompt_len)]
-        scheduler.add(Request(index, 0, prompt, SamplingParams(max_tokens=max_tokens), alone=alone))
+        scheduler.add(Request(index, 0, Prompt(prompt), SamplingParams(max_tokens=max_tokens), alone=alone))
     if alone:
         stage.cache.keys.fill_(float("nan"))
         stage.cache.values.fill_(float("nan"))

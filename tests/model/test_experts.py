@@ -18,6 +18,7 @@ from spmd.model.decoder import Decoder
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.groups import connect
 from spmd.schedule.plan import Plan
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams, token_logprobs
 from spmd.schedule.scheduler import Scheduler
 from spmd.settings import read_model, resolve
@@ -72,7 +73,7 @@ def replay(rank: int, config: Config, replicas: list[Lengths]) -> tuple[Logprobs
     scheduler = build_scheduler(settings)
     for index, (prompt_len, max_tokens) in enumerate(replicas[topology.dp_rank]):
         prompt = [token_at(index, position) for position in range(prompt_len)]
-        scheduler.add(Request(index, 0, prompt, SamplingParams(max_tokens, temperature=0.0, logprobs=VOCAB)))
+        scheduler.add(Request(index, 0, Prompt(prompt), SamplingParams(max_tokens, temperature=0.0, logprobs=VOCAB)))
     found, seen = {}, []
     ring: deque[Plan] = deque()
     for tick in range(TICKS):

@@ -10,6 +10,7 @@ import torch
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.groups import connect
 from spmd.schedule.plan import Plan
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import NO_TOKEN, Request, SamplingParams
 from spmd.topology import Topology
 from tests.support.ranks import Ranks
@@ -23,7 +24,7 @@ def plans(number: int) -> list[tuple[Plan, list[int]]]:
     for tick in range(number):
         plan = Plan(tick)
         for seat in rng.sample(range(SEATS), rng.choice([0, 1, 3, SEATS])):
-            plan.sampled.append(Request(seat, 0, [1], SamplingParams(), seat=seat))
+            plan.sampled.append(Request(seat, 0, Prompt([1]), SamplingParams(), seat=seat))
         made.append((plan, [rng.randrange(2**40) for _ in plan.sampled]))
     return made
 
@@ -117,7 +118,7 @@ def test_a_leader_that_is_the_first_stage_needs_no_group() -> None:
 
 def test_what_a_forward_embeds_is_in_the_vocabulary_where_a_row_got_no_token() -> None:
     wire = TokenFeedback(Topology(), None, SEATS, 1, torch.device("cpu"))
-    plan = Plan(0, sampled=[Request(seat, 0, [1], SamplingParams(), seat=seat) for seat in (2, 4)])
+    plan = Plan(0, sampled=[Request(seat, 0, Prompt([1]), SamplingParams(), seat=seat) for seat in (2, 4)])
     wire.send(plan, torch.tensor([NO_TOKEN, 7]))
     assert wire.latest.tolist() == [0, 0, 0, 0, 7, 0, 0]
 

@@ -119,6 +119,7 @@ def test_a_choice_without_its_text_fails_its_row_and_an_error_takes_the_place_of
         lines = [json.loads(entry.answer) for _, entry in JournalFile(file).entries()]
     assert [line["custom_id"] for line in lines] == ["lost", "bad", "row-2"]
     assert [line["error"] and line["error"]["code"] for line in lines] == ["server_error", "invalid_request", None]
+    assert [line["response"]["status_code"] for line in lines] == [500, 400, 200]
 
 
 def test_ranks_that_lead_no_replica_leave_without_a_part() -> None:

@@ -4,11 +4,12 @@ import random
 import pytest
 
 from spmd.report.metrics import Clock, Metrics, StageTime, merge
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
 
 def request(index: int, choice: int = 0, prompt_len: int = 10) -> Request:
-    return Request(index, choice, [1] * prompt_len, SamplingParams())
+    return Request(index, choice, Prompt([1] * prompt_len), SamplingParams())
 
 
 def serve(metrics: list[Metrics]) -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from spmd.report.metrics import Clock, Metrics
 from spmd.report.summary import as_dict, json_line, table, write_json
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
 
@@ -14,7 +15,7 @@ def metrics() -> Metrics:
     clock = Clock(0.0)
     for now in (2.0, 2.5, 3.0):
         metrics.sampled([clock], now)
-    metrics.finished(Request(0, 0, [1] * 3_000, SamplingParams()), clock, 3.0)
+    metrics.finished(Request(0, 0, Prompt([1] * 3_000), SamplingParams()), clock, 3.0)
     metrics.stopped(stage=0, busy_seconds=9.0, wall_seconds=10.0, startup_seconds=4.0)
     metrics.stopped(stage=1, busy_seconds=7.5, wall_seconds=10.0, startup_seconds=4.0)
     metrics.input_wait_seconds = 1.5

@@ -14,7 +14,7 @@ def penalised(row: list[float], made: Request) -> list[float]:
     """OpenAI's formula for presence and frequency, CTRL's for repetition, one token at a time."""
     params, scores = made.params, list(row)
     for token in range(len(scores)):
-        if token in made.tokens:
+        if token in made.tokens():
             factor = params.repetition_penalty
             scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
         times = list(made.output).count(token)
@@ -39,7 +39,7 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
         for row, each, token in zip(scores.tolist(), present, tokens, strict=True):
             best = penalised(row, each)
             assert best[token] == pytest.approx(max(best), abs=1e-5)
-            each.tokens.append(token)
+            each.output.append(token)
             if len(each.output) == 12:
                 each.finished = True
     assert len(sampler.counts.table) <= 64
@@ -70,10 +70,10 @@ def lagging_tokens(lag: int, ticks: int = 12) -> list[list[int]]:
         pending.append(sampled)
         if len(pending) > lag:
             for each, token in zip(made, pending.pop(0).fetch()[0], strict=True):
-                each.tokens.append(token)
+                each.output.append(token)
     for sampled in pending:
         for each, token in zip(made, sampled.fetch()[0], strict=True):
-            each.tokens.append(token)
+            each.output.append(token)
     return [list(each.output) for each in made]
 
 
@@ -87,13 +87,13 @@ def test_a_request_computed_again_after_preemption_counts_nothing_twice() -> Non
     sampler = Sampler(VOCAB, "cpu")
     made = request(temperature=0.0, frequency_penalty=0.5)
     for tick in range(8):
-        made.tokens += sampler.sample(logits(1, tick) / 3, [made], here([made])).fetch()[0]
+        made.output += sampler.sample(logits(1, tick) / 3, [made], here([made])).fetch()[0]
     sampler.sample(logits(20) / 3, [request([i], presence_penalty=1.0) for i in range(20)], [1] * 20)
     for tick in range(8, 16):
-        fresh = request(list(made.tokens[:3]), list(made.output), temperature=0.0, frequency_penalty=0.5)
+        fresh = request(list(made.tokens(0, 3)), list(made.output), temperature=0.0, frequency_penalty=0.5)
         expected = Sampler(VOCAB, "cpu").sample(logits(1, tick) / 3, [fresh], here([fresh])).fetch()
-        made.tokens += sampler.sample(logits(1, tick) / 3, [made], here([made])).fetch()[0]
-        assert made.tokens[-1:] == expected[0]
+        made.output += sampler.sample(logits(1, tick) / 3, [made], here([made])).fetch()[0]
+        assert made.output[-1:] == expected[0]
 
 
 def test_the_last_rows_of_an_ended_request_harm_no_other() -> None:
@@ -129,4 +129,4 @@ def test_a_request_computed_once_more_is_counted_anew() -> None:
     for position in (4, 5):
         tokens = counts.sample(scores, [again], [position]).token_ids.tolist()
         assert tokens == sample(scores, [fresh])
-        fresh.tokens += tokens
+        fresh.output += tokens

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from spmd.sampling.sampler import Sampler, plain_greedy, uniform
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import NO_TOKEN, Request, SamplingParams, token_logprobs
 from tests.support.sampling import VARIED, VOCAB, here, logits, request, sample
 
@@ -109,7 +110,7 @@ def test_equal_scores_are_drawn_among_where_more_than_one_token_stays() -> None:
 def test_a_position_is_drawn_anew_and_reproducibly() -> None:
     row = logits(1)
     tokens = list(range(4_000))
-    requests = [Request(0, 0, tokens[: length + 1], SamplingParams(stream=99)) for length in range(4_000)]
+    requests = [Request(0, 0, Prompt(tokens[: length + 1]), SamplingParams(stream=99)) for length in range(4_000)]
     first = sample(row.expand(4_000, -1), requests)
     assert first == sample(row.expand(4_000, -1), requests)
     assert_drawn_from(row.softmax(-1)[0], Counter(first))
@@ -262,8 +263,8 @@ def test_counts_of_penalties_stay_right_behind_a_row_without_numbers() -> None:
     scores[0] = float("nan")
     for position in (3, 4, 5):
         tokens = sampler.sample(scores, [bad, good], [position] * 2).token_ids.tolist()
-        alone.tokens += sample(scores[1:], [alone])
-        assert tokens == [NO_TOKEN, alone.tokens[-1]]
+        alone.output += sample(scores[1:], [alone])
+        assert tokens == [NO_TOKEN, alone.output[-1]]
 
 
 def test_infinities_that_are_not_the_best_are_no_fault() -> None:
@@ -295,7 +296,7 @@ def test_the_ends_of_the_interval_draw_no_forbidden_token(u: float, monkeypatch:
 
 def test_requests_that_differ_by_their_stream_alone_draw_differently() -> None:
     params = SamplingParams()
-    made = [Request(0, i, [1], replace(params, stream=i)) for i in range(64)]
+    made = [Request(0, i, Prompt([1]), replace(params, stream=i)) for i in range(64)]
     assert len(set(sample(torch.zeros(64, 10_000), made))) > 60
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_what_was_allotted_counts_until_loads_show_it() -> None:
     assert see(each, short, full) == [0], "three ticks later it would show: it is lacking again"
 
 
-def test_a_row_of_many_requests_counts_as_one_until_loads_tell() -> None:
+def test_waiting_requests_of_a_row_count_once_loads_tell_of_them() -> None:
     each = everywhere()
     for _ in range(3):
         see(each)
@@ -190,6 +191,17 @@ def finished(fleet: Fleet, rows: int) -> list[int]:
 
 def rows_of(*lengths: int) -> Callable[[], list[Job]]:
     return lambda: [make_job(index, 5, length) for index, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("share", ["dynamic", "static"])
+def test_rows_of_many_choices_are_dealt_by_their_requests(share: str) -> None:
+    def with_choices(job: Job) -> Job:
+        return replace(job, requests=[replace(job.requests[0], choice=choice) for choice in range(64)])
+
+    fleet = Fleet(Rules(128, dp=2, share=share), lambda: [with_choices(make_job(i, 5, 3)) for i in range(40)])
+    for rank in range(2):
+        fleet.tick(rank)
+    assert [replica.scheduler.num_requests for replica in fleet.replicas] == [192 if share == "dynamic" else 128] * 2
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -4,6 +4,7 @@ import pytest
 
 from spmd.schedule.digests import FIELDS, DigestChain, first_difference
 from spmd.schedule.plan import Plan
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
 SAMPLED = [([7, 8], [False, False]), ([], []), ([9, 4], [True, False])]
@@ -13,7 +14,7 @@ def plans(altered: str | None = None, tick: int = 1) -> list[Plan]:
     """Three plans of two requests; in that of `tick` one thing differs from the usual."""
     made = []
     for number in range(3):
-        requests = [Request(index, 0, [1, 2, 3], SamplingParams(max_tokens=9)) for index in range(2)]
+        requests = [Request(index, 0, Prompt([1, 2, 3]), SamplingParams(max_tokens=9)) for index in range(2)]
         for seat, request in enumerate(requests):
             request.seat = seat
         plan = Plan(number, requests, [number, number], [1, 1], 2, 2, new_blocks=[(0, number, 5 + number)])

@@ -117,8 +117,8 @@ def test_a_block_can_be_shared_once_its_tokens_are_committed(lookahead: int) -> 
         simulation.tick()
         known = min(len(first.output) + 2, first.scheduled) // 4
         assert scheduler.pool.find(first.hashes) == first.blocks[:known]
-    assert first.scheduled - len(first.tokens) == lookahead
-    again = make_request(1, [*first.tokens, 1], 3)
+    assert first.scheduled - first.num_tokens == lookahead
+    again = make_request(1, [*first.tokens(), 1], 3)
     simulation.add([again]).run()
     assert scheduler.counters.cached_tokens == (again.prompt_len - 1) // 4 * 4 >= 8
     assert list(again.output) == expected_output(again)

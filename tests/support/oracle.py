@@ -166,6 +166,6 @@ def sampled(model: PreTrainedModel, row: dict[str, Any]) -> Answer:
     sampler = Sampler(VOCAB, "cpu")
     for request in job.requests:
         while len(request.output) < row["max_tokens"] and EOS not in request.output:
-            logits: Tensor = model(torch.tensor([request.tokens])).logits[:, -1]
-            request.tokens += sampler.sample(logits, [request], [len(request.tokens)]).token_ids.tolist()
+            logits: Tensor = model(torch.tensor([[*request.tokens()]])).logits[:, -1]
+            request.output += sampler.sample(logits, [request], [request.num_tokens]).token_ids.tolist()
     return [ended(list(request.output), row, parser.tokenizer) for request in job.requests]

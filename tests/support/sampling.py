@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from spmd.sampling.sampler import Sampler
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
 VOCAB = 50
@@ -15,14 +16,14 @@ def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 
 
 def request(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Request:
-    made = Request(0, 0, list(prompt or [1, 2, 3]), SamplingParams(**params))
-    made.tokens += output or []
+    made = Request(0, 0, Prompt(prompt or [1, 2, 3]), SamplingParams(**params))
+    made.output += output or []
     return made
 
 
 def here(requests: list[Request]) -> list[int]:
     """Positions to sample at when all that was sampled is committed."""
-    return [len(r.tokens) for r in requests]
+    return [r.num_tokens for r in requests]
 
 
 def sample(scores: torch.Tensor, requests: list[Request], positions: list[int] | None = None) -> list[int]:

@@ -11,6 +11,7 @@ from spmd.schedule.balance import Rules
 from spmd.schedule.blocks import BlockPool
 from spmd.schedule.limits import Limits
 from spmd.schedule.plan import Plan
+from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 from spmd.schedule.scheduler import Scheduler
 
@@ -43,13 +44,13 @@ def make_request(
     stop: tuple[int, ...] = (),
     waits: bool = False,
 ) -> Request:
-    tokens = [(index * 31 + i * 7) % 97 for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
-    return Request(index, 0, tokens, SamplingParams(max_tokens=max_tokens, stop_token_ids=stop), priority, waits)
+    asked = Prompt([(index * 31 + i * 7) % 97 for i in range(prompt)] if isinstance(prompt, int) else prompt)
+    return Request(index, 0, asked, SamplingParams(max_tokens=max_tokens, stop_token_ids=stop), priority, waits)
 
 
 def next_token(request: Request) -> int:
     """A stand-in for the model: depends on the whole sequence so far, as a real one does."""
-    return (sum(request.tokens) * 31 + len(request.tokens)) % 89
+    return (sum(request.tokens()) * 31 + request.num_tokens) % 89
 
 
 def check(engine: Engine, plan: Plan) -> None:
@@ -62,7 +63,7 @@ def check(engine: Engine, plan: Plan) -> None:
     assert sum(plan.counts) == plan.num_decodes + plan.num_prompt_tokens
     for request, start, count in zip(plan.requests, plan.starts, plan.counts, strict=True):
         assert start + count <= len(request.blocks) * scheduler.pool.block_size
-        assert not request.waits_for_token or start + count <= len(request.tokens)
+        assert not request.waits_for_token or start + count <= request.num_tokens
 
 
 class Simulation(Replica):
@@ -109,9 +110,9 @@ class Simulation(Replica):
 
 def expected_output(request: Request) -> list[int]:
     """What an undisturbed run gives."""
-    twin = Request(request.index, 0, request.tokens[: request.prompt_len], request.params)
-    while not twin.output or not is_last(twin, twin.tokens[-1], len(twin.tokens) - 1):
-        twin.tokens.append(next_token(twin))
+    twin = Request(request.index, 0, request.prompt, request.params)
+    while not twin.output or not is_last(twin, twin.output[-1], twin.num_tokens - 1):
+        twin.output.append(next_token(twin))
     return list(twin.output)
 
 

@@ -1,0 +1,17 @@
+"""A prompt, which all requests that were asked of it have in common."""
+
+from array import array
+from collections.abc import Iterable
+
+
+class Prompt:
+    """Token ids, and the content hashes of their blocks: there once, however many choices a row asks for."""
+
+    __slots__ = ("hashes", "tokens")
+
+    def __init__(self, token_ids: Iterable[int]) -> None:
+        self.tokens = array("i", token_ids)  # nobody writes these
+        self.hashes: list[bytes] = []  # of its first full blocks, as many as the scheduler has asked for
+
+    def __len__(self) -> int:
+        return len(self.tokens)
