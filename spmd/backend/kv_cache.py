@@ -25,7 +25,8 @@ class KVCache:
         self, specs: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str = "cpu"
     ) -> None:
         """`specs` are those of the stage's layers, which must be alike."""
-        (spec,) = set(specs)
+        (self.spec,) = set(specs)
+        spec = self.spec
         self.block_size = block_size
         self.kv_heads, self.head_dim, self.dtype = spec.kv_heads, spec.head_dim, spec.dtype
         self.device = torch.device(device)
@@ -33,7 +34,6 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=spec.dtype, device=device)
         self.values = torch.zeros(shape, dtype=spec.dtype, device=device)
         self.heads = torch.arange(self.kv_heads, device=device)
-        self.buffers = [self.keys.new_empty(0, 0), self.keys.new_empty(0, 0)]
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Fill blocks with zeros, in all layers, behind the forwards that were launched before."""
@@ -46,24 +46,7 @@ class KVCache:
         block, offset = slots[:, None] // self.block_size, slots[:, None] % self.block_size
         return ((block * self.kv_heads + self.heads) * self.block_size + offset).flatten()
 
-    def read_index(self, tables: Tensor) -> Tensor:
-        """Where `read` finds blocks, one row a block and head: int64 `[R * kv_heads * width]` for `[R, width]`."""
-        return (tables[:, None, :] * self.kv_heads + self.heads[:, None]).flatten()
-
     def write(self, layer: int, index: Tensor, k: Tensor, v: Tensor) -> None:
         """Store `k` and `v` `[T, kv_heads, head_dim]`; `layer` counts the stage's own layers from 0."""
         for cache, new in ((self.keys, k), (self.values, v)):
             cache[layer].view(-1, self.head_dim).index_copy_(0, index, new.reshape(-1, self.head_dim))
-
-    def read(self, layer: int, index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[rows * kv_heads, width * block_size, head_dim]` of `rows` tables, until the next read.
-
-        They stand in buffers that are kept: fresh memory would cost more in page faults than the copy itself.
-        """
-        width = self.block_size * self.head_dim
-        if len(index) > len(self.buffers[0]):
-            self.buffers = [self.keys.new_empty(len(index) * 5 // 4, width) for _ in range(2)]
-        for source, buffer in zip((self.keys[layer], self.values[layer]), self.buffers, strict=True):
-            torch.index_select(source.view(-1, width), 0, index, out=buffer[: len(index)])
-        keys, values = (buffer[: len(index)].view(rows * self.kv_heads, -1, self.head_dim) for buffer in self.buffers)
-        return keys, values

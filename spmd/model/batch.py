@@ -26,11 +26,15 @@ class Batch:
     positions: Tensor  # int64 [T]
     seats: Tensor  # int64 [T]
     tables: Tensor  # int32 [seats, blocks of the longest request]: block ids
-    num_decodes: int  # R
-    width: int  # blocks that a decode row may have, at least those of the longest
+    widths: list[int]  # [R]: blocks that each decode row may have, at least as many as it has
     prefills: list[Span]
     sample_rows: Tensor | None  # int64 [S]: rows whose logits are wanted; None: all
     shared_rows: int | None = None  # rows that every replica has in this tick's sparse layers, padding included
+
+    @property
+    def num_decodes(self) -> int:
+        """R."""
+        return len(self.widths)
 
     def slots(self, block_size: int) -> Tensor:
         """int64 [T]: each token's place in the KV cache, `block * block_size + offset`."""

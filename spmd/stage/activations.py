@@ -7,7 +7,7 @@ it is the same sum for the kernels used there.
 
 from spmd.backend.cuda.limits import WORKSPACE_BYTES
 from spmd.backend.plain.attention import QUERY_TILE
-from spmd.model.architecture import Architecture
+from spmd.backend.plain.gather import buffer_blocks
 from spmd.settings import Settings
 
 MARGIN = 1.2
@@ -21,10 +21,10 @@ def activation_bytes(settings: Settings, last: bool) -> int:
     fused = settings.model.attention_backend == "flashinfer"
     peak = rows * _row_elements(settings, fused) * size
     if not fused:
-        peak += _score_elements(arch, t.tp, rows, settings.model.max_model_len) * size
+        peak += _score_elements(settings) * size
     if last:
         peak = max(peak, 2 * rows * arch.hidden_size * size + _head_bytes(settings, rows))
-    kept = 2 * WORKSPACE_BYTES if fused else 0
+    kept = 2 * WORKSPACE_BYTES if fused else _buffer_tokens(settings) * arch.cache_spec(0, t.tp).token_bytes
     if t.pp > 1:  # hidden states on their way to the next stage
         kept += settings.slots * rows * arch.hidden_size * size
     if on_gpu and not settings.model.enforce_eager:
@@ -56,10 +56,20 @@ def _expert_elements(settings: Settings) -> int:
     )
 
 
-def _score_elements(arch: Architecture, tp: int, rows: int, longest: int) -> int:
-    """Attention scores of one tile and their softmax; masks of all tiles."""
+def _buffer_tokens(settings: Settings) -> int:
+    """Tokens of one layer that plain PyTorch's buffers hold side by side."""
+    size, spec = settings.scheduler.block_size, settings.arch.cache_spec(0, settings.topology.tp)
+    return size * buffer_blocks(spec, size, settings.kind, settings.model.max_model_len)
+
+
+def _score_elements(settings: Settings) -> int:
+    """Scores of one tile of a prompt, or of decodes read at once, and their softmax; masks of all of both."""
+    arch, tp, longest = settings.arch, settings.topology.tp, settings.model.max_model_len
+    rows, decodes = settings.scheduler.max_num_batched_tokens, settings.decode_rows
     heads, group = arch.num_heads // tp, arch.num_heads // arch.num_kv_heads
-    return longest * (2 * heads * min(QUERY_TILE, rows) + len(set(arch.windows)) * group * rows)
+    scored = max(longest * min(QUERY_TILE, rows), min(_buffer_tokens(settings), longest * decodes))
+    masked = longest * (group * rows + arch.cache_spec(0, tp).kv_heads * decodes)
+    return 2 * heads * scored + len(set(arch.windows)) * masked
 
 
 def _head_bytes(settings: Settings, rows: int) -> int:

@@ -46,7 +46,7 @@ class InputBuilder:
         else:
             tokens = [0] * rows
         seats = [request.seat for request in decodes] + [self.padding_seat] * len(padding)
-        width = max(positions, default=0) // self.block_size + 1
+        widths = [position // self.block_size + 1 for position in positions]
         spans = []
         for index in range(plan.num_decodes, len(plan.requests)):
             request, start, count = plan.requests[index], plan.starts[index], plan.counts[index]
@@ -58,7 +58,7 @@ class InputBuilder:
         if latest is not None and rows:
             torch.index_select(latest, 0, seat[:rows], out=ids[:rows])
         sample_rows = to_device(plan.sample_rows, torch.int64, self.device) if spans or not decodes else None
-        return ids, Batch(position, seat, self.tables, rows, width, spans, sample_rows)
+        return ids, Batch(position, seat, self.tables, widths, spans, sample_rows)
 
     def padding(self, rows: int, prompt: int = 0) -> tuple[Tensor, Batch]:
         """Token ids and Batch of `rows` padding rows, then a prompt of as many tokens, all in null blocks.
@@ -70,7 +70,7 @@ class InputBuilder:
         tokens_and_positions = [0] * (total + rows) + [*range(prompt)]
         ids, position, seat = self._upload(tokens_and_positions + [self.padding_seat] * total).view(3, -1)
         spans = [Span(rows, prompt, prompt, self.padding_seat)] if prompt else []
-        return ids, Batch(position, seat, self.tables, rows, self.tables.shape[1], spans, None, total)
+        return ids, Batch(position, seat, self.tables, [self.tables.shape[1]] * rows, spans, None, total)
 
     def _upload(self, values: list[int]) -> Tensor:
         if self.device.type == "cpu":

@@ -43,7 +43,7 @@ def test_any_lengths() -> None:
     tables = torch.zeros(ROWS + 1, MOST, dtype=torch.int32, device=DEVICE)
     tables[:ROWS] = 1 + torch.randperm(ROWS * MOST, device=DEVICE).view(ROWS, MOST)
     positions, seats = (torch.zeros(ROWS, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    batch = Batch(positions, seats, tables, ROWS, MOST, [], None)
+    batch = Batch(positions, seats, tables, [MOST] * ROWS, [], None)
     q, output = (torch.randn(ROWS, HEADS, HEAD_DIM, device=DEVICE).bfloat16() for _ in range(2))
     wide = WideDecode(ROWS, HEADS, cache, MOST, torch.empty(2**27, dtype=torch.uint8, device=DEVICE))
 

@@ -74,14 +74,14 @@ class Pipeline:
         seats, positions, tokens = [torch.tensor(column, dtype=torch.long) for column in zip(*padded, strict=True)] or [
             torch.zeros(0, dtype=torch.long)
         ] * 3
-        spans, longest = [], max((position for _, position, _ in padded), default=0)
+        spans, widths = list[Span](), [position // BLOCK + 1 for _, position, _ in padded]
         for request, start, chunk in chunks:
             spans.append(Span(len(tokens), len(chunk), start + len(chunk), request))
             tokens = torch.cat([tokens, chunk])
             positions = torch.cat([positions, torch.arange(start, start + len(chunk))])
             seats = torch.cat([seats, torch.full_like(chunk, request)])
         sampled = torch.tensor([*range(len(decodes)), *range(len(padded), len(tokens))])
-        batch = Batch(positions, seats, self.tables, len(padded), longest // BLOCK + 1, spans, sampled)
+        batch = Batch(positions, seats, self.tables, widths, spans, sampled)
         x = tokens
         for stage, backend in zip(self.stages, self.backends, strict=True):
             x = stage(x, batch, backend)
@@ -153,6 +153,25 @@ def test_long_chunk_is_cut_into_tiles(tmp_path: Path, monkeypatch: pytest.Monkey
     in_all_ways(Pipeline(path), reference(path))
 
 
+@pytest.mark.parametrize("variant", ["Qwen3ForCausalLM", "mistral_window"])
+def test_decodes_of_unlike_lengths_are_read_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    family, overrides = VARIANTS[variant]
+    path = write_checkpoint(tmp_path, family, **overrides)
+    monkeypatch.setattr("spmd.backend.plain.decode.WORTH", 10**9)
+    pipeline, expected = Pipeline(path), reference(path)
+    in_all_ways(pipeline, expected)
+    order = [(2, 8), (0, 36), (1, 5)]
+    pipeline.run([(request, 0, prompts()[request][:at]) for request, at in order])
+    found = pipeline.run([], [(request, at, int(prompts()[request][at])) for request, at in order], pad=1)
+    plan = pipeline.backends[0].plan.decodes
+    assert plan and len(plan.groups) == 3 and plan.order is not None
+    torch.testing.assert_close(
+        found, torch.stack([expected[request][at] for request, at in order]), rtol=1e-4, atol=2e-5
+    )
+
+
 def round_to(pipeline: Pipeline, dtype: torch.dtype) -> None:
     """Give the first stage's weights values that a checkpoint in `dtype` can have."""
     for weight in pipeline.stages[0].parameters():
@@ -200,7 +219,7 @@ def test_batch_that_samples_nothing(tmp_path: Path, dtype: str) -> None:
     round_to(pipeline, torch.bfloat16)
     pipeline.stages[0].pack(8)
     null, none = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-    batch = Batch(null, null + len(pipeline.tables) - 1, pipeline.tables, 1, 1, [], none)
+    batch = Batch(null, null + len(pipeline.tables) - 1, pipeline.tables, [1], [], none)
     assert pipeline.stages[0](null, batch, pipeline.backends[0]).shape == (0, 128)
 
 

@@ -14,6 +14,7 @@ from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.backend import PlainBackend
 from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig
 from spmd.model.architecture import Architecture, read_architecture
+from spmd.model.batch import Batch
 from spmd.model.decoder import Decoder
 from spmd.runtime.compose import CONF
 from spmd.sampling.sampler import Sampler
@@ -64,13 +65,13 @@ def configured(rows: int, longest: int = 1024, **topology: Any) -> Config:
 
 
 def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
-    """Of a prompt of so many tokens, of which eight are sampled on the last stage."""
+    """Of a prompt of so many tokens, of which eight are sampled on the last stage; with the buffers that are kept."""
     decoder = Decoder(arch, last=last)
     for parameter in decoder.parameters():
         parameter.fill_(0.01)
     cache = KVCache([arch.cache_spec(layer) for layer in decoder.range], rows // 16 + 2, 16)
     inputs = InputBuilder(8, rows // 16 + 2, rows, 16, torch.device("cpu"))
-    backend = PlainBackend(arch, decoder.range, cache)
+    backend = PlainBackend(arch, decoder.range, cache, 1, rows)
     ids, batch = inputs.padding(0, rows)
     batch = replace(batch, sample_rows=torch.arange(8))
     peak = Peak(*decoder.parameters(), cache.keys, cache.values, inputs.tables)
@@ -80,7 +81,7 @@ def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
             params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
             requests = [Request(i, 0, Prompt([1, 2]), params) for i in range(8)]
             Sampler(arch.vocab_size, "cpu").sample(x, requests, [2] * 8)
-    return peak.most
+    return peak.most + sum(buffer.nbytes for buffer in backend.gather.buffers)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,25 @@ def forward_peak(arch: Architecture, rows: int, last: bool) -> int:
 def test_a_forward_takes_no_more_and_at_least_half(arch: Callable[[], Architecture], rows: int, last: bool) -> None:
     estimate = activation_bytes(settled(configured(rows, rows), arch()), last)
     assert estimate / 2 <= forward_peak(arch(), rows, last) <= estimate
+
+
+@pytest.mark.parametrize("longest", [64, 1024, 4096])
+def test_decodes_of_any_lengths_take_no_more(longest: int) -> None:
+    """Their keys and values, side by side, and the scores."""
+    arch, rows = shape("small"), 8
+    decoder = Decoder(arch, last=False)
+    for parameter in decoder.parameters():
+        parameter.fill_(0.01)
+    cache = KVCache([arch.cache_spec(layer) for layer in decoder.range], 2, 16)
+    positions = torch.tensor([longest - 1] + [longest // 2] * (rows - 1))
+    tables = torch.ones(rows + 1, longest // 16, dtype=torch.int32)
+    batch = Batch(positions, torch.arange(rows), tables, [int(at) // 16 + 1 for at in positions], [], None)
+    backend = PlainBackend(arch, decoder.range, cache, 1, longest)
+    peak = Peak(*decoder.parameters(), cache.keys, cache.values, tables, *backend.gather.buffers)
+    with torch.inference_mode(), peak:
+        decoder(torch.zeros(rows, dtype=torch.int64), batch, backend)
+    kept = sum(buffer.nbytes for buffer in backend.gather.buffers)
+    assert kept < peak.most + kept <= activation_bytes(settled(configured(rows, longest), arch), last=False)
 
 
 def test_no_sampling_takes_more_bytes_a_logit() -> None:

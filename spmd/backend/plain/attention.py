@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spmd.backend.kv_cache import KVCache
+from spmd.backend.plain.decode import DecodePlan
+from spmd.backend.plain.gather import BlockGather
+from spmd.backend.plain.scaled_dot_product import attend, causal_mask
 from spmd.integers import ceil_div
 from spmd.model.batch import Batch, Span
 
@@ -31,20 +33,20 @@ class Tile:
 class AttentionPlan:
     """How the rows of one batch attend: in each layer `append`, then `attend`."""
 
-    def __init__(self, batch: Batch, cache: KVCache, num_heads: int, windows: Iterable[int | None]) -> None:
+    def __init__(self, batch: Batch, gather: BlockGather, num_heads: int, windows: Iterable[int | None]) -> None:
         """`num_heads` are this rank's query heads, `windows` the sliding windows of the layers that will call."""
         assert batch.num_decodes + sum(span.count for span in batch.prefills) == len(batch.positions)
         self.batch = batch
-        self.cache = cache
+        self.gather = gather
+        self.cache = cache = gather.cache
         self.group = num_heads // cache.kv_heads
         self.write_index = cache.write_index(batch.slots(cache.block_size))
-        self.decode_index = cache.read_index(self._decode_tables())
         # A chunk that starts its prompt has its keys at hand and reads nothing from the cache.
         self.span_index = [
-            cache.read_index(self._table(span)) if span.kv_len > span.count else None for span in batch.prefills
+            gather.index(self._table(span)) if span.kv_len > span.count else None for span in batch.prefills
         ]
         distinct = set(windows)
-        self.decode_mask = {window: self._decode_mask(window) for window in distinct if batch.num_decodes}
+        self.decodes = DecodePlan(batch, gather, self.group, distinct) if batch.num_decodes else None
         self.tiles = {window: [list(self._tiles(span, window)) for span in batch.prefills] for window in distinct}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -56,42 +58,21 @@ class AttentionPlan:
         """`[T, heads * head_dim]` for queries `[T, heads, head_dim]`."""
         k, v = self.appended
         del self.appended  # the rest of the layer needs their memory
-        parts = [self._decode(layer, window, q)] if self.batch.num_decodes else []
+        parts = [self.decodes.attend(layer, window, q[: self.batch.num_decodes])] if self.decodes else []
         for span, index, tiles in zip(self.batch.prefills, self.span_index, self.tiles[window], strict=True):
             rows = slice(span.start, span.start + span.count)
             if index is None:
                 keys, values = k[rows].transpose(0, 1).contiguous(), v[rows].transpose(0, 1).contiguous()
             else:
-                keys, values = self.cache.read(layer, index, 1)
+                keys, values = self.gather.read(layer, index, 1)
             parts += [self._attend_tile(q[rows], keys, values, tile) for tile in tiles]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _decode(self, layer: int, window: int | None, q: Tensor) -> Tensor:
-        rows, head_dim = self.batch.num_decodes, q.shape[-1]
-        keys, values = self.cache.read(layer, self.decode_index, rows)
-        queries = q[:rows].reshape(rows * self.cache.kv_heads, self.group, head_dim)
-        return attend(queries, keys, values, self.decode_mask[window]).view(rows, -1)
 
     def _attend_tile(self, q: Tensor, keys: Tensor, values: Tensor, tile: Tile) -> Tensor:
         kv_heads, head_dim = keys.shape[0], q.shape[-1]
         queries = q[tile.rows].unflatten(1, (kv_heads, self.group)).permute(1, 2, 0, 3)
         out = attend(queries.reshape(kv_heads, -1, head_dim), keys[:, tile.keys], values[:, tile.keys], tile.mask)
         return out.view(kv_heads, self.group, -1, head_dim).permute(2, 0, 1, 3).flatten(1)
-
-    def _decode_tables(self) -> Tensor:
-        """`[R, width]`: each row's blocks, and behind its last one its first again: nobody else's are read."""
-        rows = slice(self.batch.num_decodes)
-        tables = self.batch.tables[self.batch.seats[rows], : self.batch.width]
-        last = self.batch.positions[rows, None] // self.cache.block_size
-        behind = torch.arange(self.batch.width, device=last.device) > last
-        return torch.where(behind, tables[:, :1], tables)
-
-    def _decode_mask(self, window: int | None) -> Tensor:
-        """`[R * kv_heads, 1, width * block_size]`, since the products take no broadcast over part of a batch."""
-        last = self.batch.positions[: self.batch.num_decodes, None]
-        tokens = torch.arange(self.batch.width * self.cache.block_size, device=last.device)
-        mask = _additive(last, tokens, window, self.cache.dtype)
-        return mask.repeat_interleave(self.cache.kv_heads, dim=0).unsqueeze(1)
 
     def _table(self, span: Span) -> Tensor:
         return self.batch.tables[span.seat, None, : ceil_div(span.kv_len, self.cache.block_size)]
@@ -103,19 +84,5 @@ class AttentionPlan:
             stop = min(start + QUERY_TILE, span.count)
             seen = slice(max(0, first + start + 1 - window) if window else 0, first + stop)
             queries = torch.arange(first + start, first + stop, device=device)[:, None]
-            mask = _additive(queries, torch.arange(seen.start, seen.stop, device=device), window, dtype)
+            mask = causal_mask(queries, torch.arange(seen.start, seen.stop, device=device), window, dtype)
             yield Tile(slice(start, stop), seen, mask.repeat(self.group, 1))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q kᵀ / √head_dim + mask) v for `q` `[N, M, head_dim]`, `k` and `v` `[N, L, head_dim]`."""
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(torch.softmax(scores, dim=-1), v)
-
-
-def _additive(queries: Tensor, keys: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """0 where the key's position is seen from the query's (`[M, 1]` against `[L]`), -inf elsewhere: `[M, L]`."""
-    hidden = keys > queries
-    if window is not None:
-        hidden |= keys <= queries - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))

@@ -8,6 +8,7 @@ from torch import Tensor
 from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.attention import AttentionPlan
 from spmd.backend.plain.experts import PlainExperts
+from spmd.backend.plain.gather import BlockGather
 from spmd.model.architecture import Architecture
 from spmd.model.backend import Sums
 from spmd.model.batch import Batch
@@ -25,6 +26,7 @@ class PlainBackend:
     ) -> None:
         """`layers`: the stage's; `tp`: number of tensor-parallel ranks; `longest`: tokens of the longest request."""
         self.cache = cache
+        self.gather = BlockGather(cache, longest)
         self.heads = [arch.num_heads // tp, cache.kv_heads, cache.kv_heads]
         self.windows = {arch.windows[layer] for layer in layers}
         self.rotary = Rotary(arch.rope, arch.head_dim, cache.device)
@@ -35,7 +37,7 @@ class PlainBackend:
         pass
 
     def begin(self, batch: Batch) -> None:
-        self.plan = AttentionPlan(batch, self.cache, self.heads[0], self.windows)
+        self.plan = AttentionPlan(batch, self.gather, self.heads[0], self.windows)
         self.rope = self.rotary.tables(batch.positions, self.cache.dtype)
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
