@@ -59,7 +59,7 @@ def test_all_is_well(run: Run, tmp_path: Path) -> None:
         "ok  checkpoint  /spmd/demo/model: tensors: 46, files: 1",
         "ok  memory      _ GiB for each rank (if all ranks run on this machine), of which the KV cache gets 8,192 "
         "tokens a replica, 128.0 requests of 64",
-        "                    0     0-1  0.8 MiB          0.0 MiB    4.0 MiB     10.9 MiB",
+        "                    0     0-1  0.8 MiB          0.0 MiB    4.0 MiB     14.9 MiB",
         "ok  tokenizer   TokenizersBackend, 15 tokens, with chat template",
         "                row 1 (row-1): unknown key 'temprature': did you mean 'temperature'?",
         "                row 2 (c): the row has neither prompt nor messages, no keys at all",
