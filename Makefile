@@ -30,8 +30,8 @@ demo: $(READY)  ## two pipeline stages on the CPU answer 500 sums the shipped mo
 		output=$(DEMO)/out.jsonl sampling.max_tokens=8 sampling.temperature=0 $(value ARGS)
 	@$(PYTHON) -m spmd.demo.prompts score $(DEMO)/in.jsonl $(DEMO)/out.jsonl
 
-test: $(READY)  ## run the tests; ARGS goes to pytest
-	@$(PYTHON) -m pytest $(value ARGS)
+test: $(READY)  ## run the tests, on two cores; with ARGS those it tells pytest, on one
+	@$(PYTHON) -m pytest $(if $(value ARGS),$(value ARGS),-n 2 --dist loadfile)
 
 bench: $(READY)  ## measure a synthetic workload: make bench ARGS="workload=cpu topology=pp2 model.path=DIR"
 	@set -f; launch/local.sh --prog bench $(value ARGS)

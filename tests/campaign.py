@@ -2,11 +2,13 @@
 
 python tests/campaign.py [runs] [seed]
 
-Each run answers the same rows. At a random moment a random rank gets SIGKILL, SIGTERM or SIGUSR1; then the job is
-started again, a third of the times with another topology and now and then to be disturbed again, until it is done.
-Every row must then be answered once, with the text of a run that nobody disturbed, and no process may be left.
+Each run answers the same rows, every other one from a compressed file and into a table. At a random moment a random
+rank gets SIGKILL, SIGTERM or SIGUSR1; then the job is started again, a third of the times with another topology and
+now and then to be disturbed again, until it is done. Every row must then be answered once, with the text of a run that
+nobody disturbed, and no process may be left.
 """
 
+import gzip
 import json
 import os
 import random
@@ -18,6 +20,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pyarrow import parquet
 
 ROOT = Path(__file__).parents[1]
 ROWS = 400
@@ -54,13 +58,15 @@ class Job:
     """One job in a folder of its own, attempt after attempt."""
 
     def __init__(self, folder: Path, rows: Path) -> None:
+        """Rows that are compressed are answered into a table, which is made of `output` at the end."""
         self.folder = folder
         self.rows = rows
-        self.output = folder / "out.jsonl"
+        self.table = folder / "out.parquet" if rows.suffix == ".gz" else None
+        self.output = Path(f"{self.table}.jsonl") if self.table else folder / "out.jsonl"
 
     def start(self, topology: str) -> subprocess.Popen[str]:
         overrides = [f"topology={topology}", "model=demo", "device=cpu", "model.dtype=float32", f"input={self.rows}"]
-        overrides += [f"output={self.output}", f"run_dir={self.folder / 'run'}", "progress=false"]
+        overrides += [f"output={self.table or self.output}", f"run_dir={self.folder / 'run'}", "progress=false"]
         overrides += ["sampling.temperature=0", "sampling.max_tokens=8", "scheduler.max_num_seqs=4", "guard.timeout=10"]
         env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", MARK: str(self.folder)}
         return subprocess.Popen(
@@ -141,6 +147,14 @@ def disturb(job: Job, process: subprocess.Popen[str], rng: random.Random, after:
         time.sleep(0.02)
 
 
+def texts_of_table(table: Path) -> dict[str, str]:
+    """As `texts`."""
+    rows = parquet.read_table(table).select(["custom_id", "text"]).to_pylist()
+    found = {row["custom_id"]: row["text"] for row in rows}
+    assert len(found) == len(rows), f"{len(rows) - len(found)} rows are in the table twice"
+    return found
+
+
 def texts(output: Path) -> dict[str, str]:
     """Answers by custom_id; each must be there once."""
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -169,6 +183,8 @@ def run(folder: Path, rows: Path, expected: dict[str, str], usual: str, rng: ran
     got = texts(job.output)
     assert got.keys() == expected.keys(), f"{len(expected.keys() - got.keys())} rows are lost"
     assert got == expected, "texts differ"
+    if job.table:
+        assert texts_of_table(job.table) == expected, "the table differs from its answers"
     tally.runs += 1
 
 
@@ -184,13 +200,15 @@ def campaign(folder: Path, runs: int, seed: int, usual: str = "pp2dp2") -> Tally
     rows.write_text(
         "".join(json.dumps({"custom_id": f"row {i}", "prompt": f"{a}+{b}="}) + "\n" for i, (a, b) in enumerate(pairs))
     )
+    compressed = folder / "in.jsonl.gz"
+    compressed.write_bytes(gzip.compress(rows.read_bytes()))
     undisturbed = folder / "undisturbed"
     undisturbed.mkdir()
     job = Job(undisturbed, rows)
     assert attempt(job, "single", None, Tally()) == 0, (undisturbed / "stderr").read_text()
     expected = texts(job.output)
     for number in range(runs):
-        run(folder / f"run-{number}", rows, expected, usual, rng, tally)
+        run(folder / f"run-{number}", compressed if number % 2 else rows, expected, usual, rng, tally)
         print(f"{number + 1}: {tally}", flush=True)
     assert not tally.left, str(tally)
     return tally

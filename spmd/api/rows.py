@@ -9,12 +9,21 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 from spmd.api.endpoints import COMPLETIONS, ENDPOINTS, Endpoint
 from spmd.api.metadata import metadata_of
 from spmd.api.prompts import MOST_CHOICES, TooLong, begun_twice
-from spmd.api.sampling_keys import INT64_MIN, boolean, default_sampling, eos_tokens, integer, sampling_params
+from spmd.api.sampling_keys import (
+    INT64_MIN,
+    boolean,
+    default_sampling,
+    eos_tokens,
+    integer,
+    random_stream,
+    sampling_params,
+)
 from spmd.config import SamplingConfig
 from spmd.formats.kind import MAX_LINE_BYTES
 from spmd.messages import listed, show
@@ -160,8 +169,8 @@ class RowParser:
             token_ids = endpoint.prompts(body, self.tokenizer, self.vocab_size, self.longest - 1)
             self.begun_twice += begun_twice(token_ids, body, self.tokenizer)
             prompts = [*map(Prompt, token_ids)]
-            if (count := len(prompts) * values["n"]) > MOST_CHOICES:
-                raise ValueError(f"{len(prompts)} prompts with n={values['n']} are {count}, at most {MOST_CHOICES}")
+            if (choices := len(prompts) * values["n"]) > MOST_CHOICES:
+                raise ValueError(f"{len(prompts)} prompts with n={values['n']} are {choices}, at most {MOST_CHOICES}")
             if self.longest <= (length := max(map(len, prompts))):
                 raise TooLong(f"the prompt has {length} tokens")
             requests = [*self._requests(row, values, prompts, priority)]
@@ -174,12 +183,12 @@ class RowParser:
 
     def _requests(self, row: Row, values: Mapping[str, Any], prompts: list[Prompt], priority: int) -> Iterator[Request]:
         """One for each choice, which are counted through the prompts, as in vLLM's server."""
-        choice = 0
+        choices = count()
         for prompt in prompts:
-            available = self.longest - len(prompt)
-            for params in sampling_params(values, available, row.custom_id, self.eos_token_ids, choice):
-                yield Request(row.index, choice, prompt, params, priority)
-                choice += 1
+            params = sampling_params(values, self.longest - len(prompt), self.eos_token_ids)
+            for choice in islice(choices, values["n"]):
+                stream = random_stream(values["seed"], row.custom_id, choice)
+                yield Request(row.index, choice, prompt, params, priority, stream)
 
     def _limit(self) -> str:
         if self.max_model_len <= self.capacity:

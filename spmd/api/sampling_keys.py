@@ -174,12 +174,8 @@ def eos_tokens(generation_config: Mapping[str, Any], tokenizer: Any, vocab_size:
     return tuple(sorted({token for token in ids if token is not None and 0 <= token < vocab_size}))
 
 
-def sampling_params(
-    values: Mapping[str, Any], available: int, custom_id: str, eos: tuple[int, ...], first: int = 0
-) -> list[SamplingParams]:
-    """Sampling parameters of each of a prompt's n choices, from checked `values` that hold every key of NEUTRAL.
-
-    The row's choices are counted through its prompts; `first` is this prompt's first one.
+def sampling_params(values: Mapping[str, Any], available: int, eos: tuple[int, ...]) -> SamplingParams:
+    """Sampling parameters of a prompt's choices, from checked `values` that hold every key of NEUTRAL.
 
     `available` is how many tokens fit behind the prompt. A larger max_tokens is cut to it, as in vLLM's offline API
     (its server refuses): the answer's finish_reason is then "length".
@@ -200,8 +196,7 @@ def sampling_params(
         "top_k": max(values["top_k"], 0),
         "eos_token_ids": eos,
     }
-    streams = (random_stream(values["seed"], custom_id, choice) for choice in range(first, first + values["n"]))
-    return [SamplingParams(**shared, stream=stream) for stream in streams]
+    return SamplingParams(**shared)
 
 
 def random_stream(seed: int, custom_id: str, choice: int) -> int:

@@ -1,22 +1,31 @@
-"""What journal and guard cost: the same workload with both and with neither, in turn, on ranks that are loaded once.
+"""What an addition costs: the same workload with it and without, in turns, on ranks that are loaded once.
+
+Journal and guard, against neither:
 
 torchrun --standalone --nproc-per-node 2 -m spmd.bench.overhead topology=pp2 model=small workload=cpu \
     scheduler.max_num_seqs=16
+
+Text from file to file, against ids of the same lengths (a model with a tokenizer):
+
+torchrun --standalone --nproc-per-node 2 -m spmd.bench.overhead topology=pp2 model=demo workload=chat
 
 Machines are noisy, so a round runs both, the next one in the other order, and what counts is the median of the rounds'
 ratios.
 """
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from spmd.bench.runs import Run, ids, text, warm_up
 from spmd.bench.workload import Workload
 from spmd.config import Config
+from spmd.engine import Watch, unwatched
 from spmd.leader import Leader
+from spmd.processes.feeder import Feeder
 from spmd.processes.outlet import Outlet
 from spmd.report.metrics import Metrics
 from spmd.runtime.main import main
@@ -26,43 +35,55 @@ from spmd.worker import Worker, settle, start
 
 ROUNDS = 8
 
+Seconds = Callable[[], float]
 
-def overhead(config: Config, topology: Topology, stop: Stop, outlets: Sequence[Outlet]) -> None:
-    """Print the seconds of each round, which takes one of the outlets, and the median of their ratios."""
+
+def overhead(config: Config, topology: Topology, stop: Stop, processes: Sequence[tuple[Feeder, Outlet]]) -> None:
+    """Print the seconds of each round, which takes two of the processes, and the median of their ratios."""
     worker = start(settle(config), topology, stop)
     bare = replace(worker, settings=replace(worker.settings, guard=replace(config.guard, enabled=False)))
+    names = ("text", "ids") if config.workload.text else ("with journal and guard", "without")
     ratios = []
-    with tempfile.TemporaryDirectory(prefix="spmd-") as folder:
-        output = Path(folder) / "out.jsonl"
-        _seconds(bare)  # warms up
-        for number, outlet in enumerate(outlets):
-            if number % 2:
-                without, with_both = _seconds(bare), _seconds(worker, output, outlet)
-            else:
-                with_both, without = _seconds(worker, output, outlet), _seconds(bare)
-            if topology.rank == 0:
-                ratios.append(with_both / without)
-                print(f"round {number + 1}: {with_both:.2f} s with journal and guard, {without:.2f} s without")
+    _seconds(worker, ids(worker))  # warms up
+    for number, (feeder, outlet) in enumerate(processes):
+        if config.workload.text:
+            pair = [(worker, text(worker, feeder, outlet)), (worker, ids(worker))]
+        else:
+            pair = [(worker, _written(worker, outlet)), (bare, ids(bare))]
+        order = (1, 0) if number % 2 else (0, 1)
+        seconds = {which: _seconds(*pair[which]) for which in order}
+        if topology.rank == 0:
+            ratios.append(seconds[0] / seconds[1])
+            print(f"round {number + 1}: {seconds[0]:.2f} s {names[0]}, {seconds[1]:.2f} s {names[1]}", flush=True)
     if topology.rank == 0:
-        print(f"with / without: median {median(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f})")
+        print(f"{' / '.join(names)}: median {median(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f})")
 
 
-def _seconds(worker: Worker, output: Path | None = None, outlet: Outlet | None = None) -> float:
-    """Seconds of the workload on this rank; with an `output` its answers are built and written there."""
-    settings = worker.settings
-    source = Workload(settings.workload, settings.arch.vocab_size, settings.longest)
-    if not worker.topology.is_leader:
-        metrics = worker.run(source, None)
-    elif outlet is None:
-        metrics = worker.run(source, Leader(None, Metrics()))
-    else:
-        outlet.load(None, None)
-        outlet.open(str(output), worker.topology.dp_rank, {"identity": {}}, "bench")
-        metrics = worker.run(source, Leader(None, Metrics(), outlet))
+def _seconds(worker: Worker, way: AbstractContextManager[Run]) -> float:
+    """Seconds of the workload on this rank."""
+    with way as run:
+        warm_up(worker)
+        metrics = run(unwatched)
     return metrics.wall_seconds if metrics else 0.0
 
 
+@contextmanager
+def _written(worker: Worker, outlet: Outlet) -> Iterator[Run]:
+    """What answers the workload's ids and writes the answers."""
+    settings, topology = worker.settings, worker.topology
+    with tempfile.TemporaryDirectory(prefix="spmd-") as folder:
+        if topology.is_leader:
+            outlet.load(None, None)
+            outlet.open(str(Path(folder) / "out.jsonl"), topology.dp_rank, {"identity": {}}, "bench")
+
+        def run(watch: Watch) -> Metrics | None:
+            source = Workload(settings.workload, settings.arch.vocab_size, settings.longest)
+            return worker.run(source, Leader(None, Metrics(), outlet) if topology.is_leader else None, watch)
+
+        yield run
+
+
 if __name__ == "__main__":
-    with ExitStack() as stack:
-        outlets = [stack.enter_context(Outlet()) for _ in range(ROUNDS)]  # before anything has threads
-        main(lambda config, topology, stop: overhead(config, topology, stop, outlets))
+    with ExitStack() as stack:  # before anything has threads
+        processes = [(stack.enter_context(Feeder()), stack.enter_context(Outlet())) for _ in range(ROUNDS)]
+        main(lambda config, topology, stop: overhead(config, topology, stop, processes))

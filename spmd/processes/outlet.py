@@ -5,8 +5,8 @@ process alone writes the replica's part. What the line has taken is written even
 process goes on until it has read all and finds the line's end. Rows that are lost with either of them are not in the
 part, so the next start answers them.
 
-Sending doesn't wait: what the line doesn't take at once is kept, and sent with what comes behind it. Only where the
-writer is a long way behind does the loop wait for it.
+What ends with one plan travels as one list. Sending doesn't wait: what the line doesn't take at once is kept, and sent
+with what comes behind it. Only where the writer is a long way behind does the loop wait for it.
 """
 
 import os
@@ -39,6 +39,7 @@ class Outlet:
     def __init__(self) -> None:
         self._socket, theirs = socketpair()
         self._replies = self._socket.makefile("rb")
+        self._ended: list[tuple[Any, ...]] = []  # since the last flush: an `AnswerWriter`'s method, and its arguments
         self._kept: deque[memoryview] = deque()  # what is to be sent
         self._num_kept = 0  # bytes
         self._pid = fork(lambda: _serve(theirs), theirs.fileno())
@@ -56,18 +57,21 @@ class Outlet:
 
     def choice(self, row: int, number: int, finished: Finished) -> None:
         """As `AnswerWriter.choice`."""
-        self._send(("choice", row, number, finished))
+        self._ended.append(("choice", row, number, finished))
 
     def answer(self, head: Head) -> None:
         """As `AnswerWriter.answer`."""
-        self._send(("answer", head))
+        self._ended.append(("answer", head))
 
     def error(self, row: BadRow) -> None:
         """As `AnswerWriter.error`."""
-        self._send(("error", row))
+        self._ended.append(("error", row))
 
     def flush(self, most: int = MOST_KEPT) -> None:
         """Send what can be sent at once; wait only where more than `most` bytes are left."""
+        if self._ended:
+            self._send(self._ended)
+            self._ended = []
         while self._kept:
             try:
                 sent = self._socket.send(self._kept[0], MSG_DONTWAIT if self._num_kept <= most else 0)
@@ -87,6 +91,7 @@ class Outlet:
         Returns:
             How many of the rows that were to be answered got an error line.
         """
+        self.flush()
         self._send(None)
         failed: int = self._reply()
         return failed
@@ -145,8 +150,8 @@ def _write(messages: Any, line: socket) -> None:
     with PartWriter(output, dp_rank, header) as part:
         line.sendall(pickle.dumps(None))
         writer = AnswerWriter(tokenizer, model, part.write)
-        while message := pickle.load(messages):
-            name, *args = message
-            getattr(writer, name)(*args)
+        while ended := pickle.load(messages):
+            for name, *args in ended:
+                getattr(writer, name)(*args)
         part.close()
         line.sendall(pickle.dumps(writer.close()))

@@ -2,26 +2,29 @@
 
 import pickle
 from array import array
+from functools import lru_cache
 
 from spmd.api.endpoints import BY_URL
 from spmd.api.rows import BadRow, Job
 from spmd.schedule.prompt import Prompt
-from spmd.schedule.request import Request
+from spmd.schedule.request import Request, SamplingParams
 
 
 def pack(row: Job | BadRow) -> bytes:
     """Each prompt stands in it once, however many choices it has, four bytes a token."""
     if isinstance(row, BadRow):
         return pickle.dumps(row)
-    params = [request.params for request in row.requests]
+    requests = row.requests
+    choices = len(requests) // len(row.prompts)
     return pickle.dumps(
         (
             row.index,
             row.custom_id,
             row.endpoint.url,
             [prompt.tokens.tobytes() for prompt in row.prompts],
-            params,
-            row.requests[0].priority,
+            [pickle.dumps(request.params) for request in requests[::choices]],
+            [request.stream for request in requests],
+            requests[0].priority,
             row.return_token_ids,
             row.key,
             row.metadata,
@@ -34,8 +37,18 @@ def unpack(packed: bytes) -> Job | BadRow:
     row = pickle.loads(packed)
     if isinstance(row, BadRow):
         return row
-    index, custom_id, url, packed_prompts, params, priority, return_token_ids, key, metadata = row
+    index, custom_id, url, packed_prompts, packed_params, streams, priority, return_token_ids, key, metadata = row
     prompts = [Prompt(array("i", ids)) for ids in packed_prompts]
-    n = len(params) // len(prompts)
-    requests = [Request(index, choice, prompts[choice // n], each, priority) for choice, each in enumerate(params)]
+    params = [*map(_params, packed_params)]
+    choices = len(streams) // len(prompts)
+    requests = [
+        Request(index, choice, prompts[choice // choices], params[choice // choices], priority, stream)
+        for choice, stream in enumerate(streams)
+    ]
     return Job(index, custom_id, BY_URL[url], requests, prompts, return_token_ids, key, metadata)
+
+
+@lru_cache(maxsize=256)  # rows of one file mostly ask for the same
+def _params(packed: bytes) -> SamplingParams:
+    params: SamplingParams = pickle.loads(packed)
+    return params

@@ -4,7 +4,7 @@ Order of processing, that of vLLM V1 (docstring of `vllm/v1/sample/sampler.py`, 
 log-probabilities from the raw logits; min_tokens; logit_bias; penalties (repetition, frequency, presence); greedy rows
 take the argmax; the others temperature, min_p, top_k, top_p and one draw.
 
-Randomness is one number a token, a function of (params.stream, position) alone. It is compared with sums of *integer*
+Randomness is one number a token, a function of (request.stream, position) alone. It is compared with sums of *integer*
 weights in vocabulary order: these are exact in any order of summation, so neither the rest of the batch nor the
 device's way of adding up can move a sample.
 
@@ -93,7 +93,7 @@ class Sampler:
         best, token_ids = scores.max(-1)
         if drawn:
             at = self._rows(drawn)
-            token_ids[at] = self._draw(scores[at], [requests[i].params for i in drawn], [positions[i] for i in drawn])
+            token_ids[at] = self._draw(scores[at], [requests[i] for i in drawn], [positions[i] for i in drawn])
         if penalised:
             self.counts.add(counted, token_ids[rows])
         logprobs = self._logprobs(logits, token_ids, requests)
@@ -115,12 +115,13 @@ class Sampler:
             at, token, bias = to_device(entries, torch.float64, self.device).unbind(1)
             scores.index_put_((at.long(), token.long()), bias.float(), accumulate=True)
 
-    def _draw(self, scores: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
+    def _draw(self, scores: Tensor, requests: list[Request], positions: list[int]) -> Tensor:
         """One token id a row, int64 [R], from scores [R, vocab], of rows with a temperature above zero."""
+        params = [request.params for request in requests]
         columns = [
             [max(p.temperature, COLDEST) for p in params],
             [p.min_p for p in params],
-            [uniform(p.stream, position) for p, position in zip(params, positions, strict=True)],
+            [uniform(request.stream, position) for request, position in zip(requests, positions, strict=True)],
         ]
         temperature, min_p, u = to_device(columns, torch.float64, self.device)
         scores = (scores - scores.amax(-1, keepdim=True)) / temperature.float()[:, None]

@@ -9,8 +9,9 @@ class Prompt:
 
     __slots__ = ("hashes", "tokens")
 
-    def __init__(self, token_ids: Iterable[int]) -> None:
-        self.tokens = array("i", token_ids)  # nobody writes these
+    def __init__(self, token_ids: "Iterable[int] | array[int]") -> None:
+        """An array (of type "i") is kept as it is."""
+        self.tokens = token_ids if isinstance(token_ids, array) else array("i", token_ids)  # nobody writes these
         self.hashes: list[bytes] = []  # of its first full blocks, as many as the scheduler has asked for
 
     def __len__(self) -> int:

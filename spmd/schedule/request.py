@@ -31,7 +31,6 @@ class SamplingParams:
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     eos_token_ids: tuple[int, ...] = ()  # the model's own, ends unless ignore_eos
-    stream: int = 0  # key of the random stream: a 64-bit digest of (seed, custom_id, choice)
 
     @property
     def greedy(self) -> bool:
@@ -78,8 +77,9 @@ class Request:
     index: int  # row of the input, counted from 0
     choice: int  # 0 .. n-1 of the row
     prompt: Prompt  # shared with the other choices of it
-    params: SamplingParams
+    params: SamplingParams  # shared with whoever asks for the same
     priority: int = 0  # smaller runs earlier
+    stream: int = 0  # key of the random stream: a 64-bit digest of (seed, custom_id, choice)
     waits_for_token: bool = False  # no token may be sampled before the host knows the one before it, as for a grammar
     prompt_len: int = field(init=False)
     full_length: int = field(init=False)  # `scheduled` once its last token by max_tokens is planned, which has no row

@@ -166,7 +166,7 @@ def test_choices_stand_prompt_by_prompt() -> None:
     assert token_ids(job) == ids
     assert [[*request.tokens()] for request in job.requests] == [ids[0], ids[0], ids[1], ids[1], ids[2], ids[2]]
     assert [request.choice for request in job.requests] == list(range(6))
-    assert len({request.params.stream for request in job.requests}) == 6
+    assert len({request.stream for request in job.requests}) == 6
     done = [Completion(str(number), [5] * number, "length") for number in range(6)]
     body = json.loads(answer_line(Head.of(job), done, "tiny", TOKENIZER))["response"]["body"]
     assert [choice["index"] for choice in body["choices"]] == list(range(6))

@@ -18,6 +18,7 @@ from spmd.api.rows import (
     RowParser,
     load,
 )
+from spmd.api.sampling_keys import random_stream
 from spmd.config import SamplingConfig
 from spmd.formats.kind import MAX_LINE_BYTES
 from spmd.schedule.request import SamplingParams
@@ -110,7 +111,9 @@ def test_byte_order_mark_line_end_and_nulls_are_harmless() -> None:
 def test_n_choices_share_all_but_their_stream() -> None:
     job = job_of({"prompt": "hello", "n": 3})
     assert [request.choice for request in job.requests] == [0, 1, 2]
-    assert len({request.params.stream for request in job.requests}) == 3
+    assert [request.stream for request in job.requests] == [
+        random_stream(0, job.custom_id, choice) for choice in range(3)
+    ]
     job.requests[0].output.append(5)
     assert [*job.requests[1].tokens()] == job.prompts[0].tokens.tolist() == TOKENIZER.encode("hello")
     assert all(request.prompt is job.prompts[0] for request in job.requests)

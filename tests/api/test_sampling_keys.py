@@ -10,7 +10,7 @@ VOCAB = 100
 
 
 def build(values: dict[str, Any], available: int = 50) -> SamplingParams:
-    return sampling_params(NEUTRAL | check_sampling(values, VOCAB), available, "id", ())[0]
+    return sampling_params(NEUTRAL | check_sampling(values, VOCAB), available, ())
 
 
 def test_row_then_config_then_generation_config_then_neutral() -> None:
@@ -18,7 +18,7 @@ def test_row_then_config_then_generation_config_then_neutral() -> None:
     defaults = default_sampling(generation_config, SamplingConfig(top_p=0.8, stop=["x"]), VOCAB)
     assert (defaults["temperature"], defaults["top_p"], defaults["top_k"], defaults["max_tokens"]) == (0.6, 0.8, 0, 20)
     values = defaults | check_sampling({"temperature": 0.1, "stop": []}, VOCAB)
-    [params] = sampling_params(values, 50, "id", ())
+    params = sampling_params(values, 50, ())
     assert (params.temperature, params.top_p, params.stop, params.max_tokens) == (0.1, 0.8, (), 20)
 
 
@@ -61,7 +61,6 @@ def test_random_streams_depend_on_seed_id_and_choice_alone() -> None:
     streams = {random_stream(seed, custom_id, choice) for seed in (0, 1) for custom_id in "ab" for choice in (0, 1)}
     assert len(streams) == 8 and all(0 <= stream < 2**64 for stream in streams)
     assert random_stream(0, "row-0", 0) == 14464040951545777656  # no run, machine or version may change it
-    assert sampling_params(NEUTRAL | {"seed": 3, "n": 2}, 5, "a", ())[1].stream == random_stream(3, "a", 1)
 
 
 @pytest.mark.parametrize("key", ["temperature", "top_p", "repetition_penalty", "max_tokens", "seed", "n", "logprobs"])

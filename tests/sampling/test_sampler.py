@@ -1,6 +1,5 @@
 import math
 from collections import Counter
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -110,7 +109,7 @@ def test_equal_scores_are_drawn_among_where_more_than_one_token_stays() -> None:
 def test_a_position_is_drawn_anew_and_reproducibly() -> None:
     row = logits(1)
     tokens = list(range(4_000))
-    requests = [Request(0, 0, Prompt(tokens[: length + 1]), SamplingParams(stream=99)) for length in range(4_000)]
+    requests = [Request(0, 0, Prompt(tokens[: length + 1]), SamplingParams(), stream=99) for length in range(4_000)]
     first = sample(row.expand(4_000, -1), requests)
     assert first == sample(row.expand(4_000, -1), requests)
     assert_drawn_from(row.softmax(-1)[0], Counter(first))
@@ -296,7 +295,7 @@ def test_the_ends_of_the_interval_draw_no_forbidden_token(u: float, monkeypatch:
 
 def test_requests_that_differ_by_their_stream_alone_draw_differently() -> None:
     params = SamplingParams()
-    made = [Request(0, i, Prompt([1]), replace(params, stream=i)) for i in range(64)]
+    made = [Request(0, i, Prompt([1]), params, stream=i) for i in range(64)]
     assert len(set(sample(torch.zeros(64, 10_000), made))) > 60
 
 

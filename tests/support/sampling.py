@@ -15,8 +15,10 @@ def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def request(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Request:
-    made = Request(0, 0, Prompt(prompt or [1, 2, 3]), SamplingParams(**params))
+def request(
+    prompt: list[int] | None = None, output: list[int] | None = None, stream: int = 0, **params: Any
+) -> Request:
+    made = Request(0, 0, Prompt(prompt or [1, 2, 3]), SamplingParams(**params), stream=stream)
     made.output += output or []
     return made
 
