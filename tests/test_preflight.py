@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spmd.api.prompts import BEGUN_TWICE
 from spmd.preflight import main
 from tests.support.checkpoints import write_checkpoint
 from tests.support.jobs import ROOT, write_rows
+from tests.support.tiny_tokenizer import make_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -70,6 +72,14 @@ def test_all_is_well(run: Run, tmp_path: Path) -> None:
         assert f"{line}\n" in told, told
     assert "in.jsonl: about 2,7" in told and "; of the first 2,000 1,333 will be error lines\n" in told
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_second_beginning_of_sequence_is_told(run: Run, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", "Qwen3ForCausalLM", vocab_size=269)
+    make_tokenizer(tmp_path / "model")
+    write_rows(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in ("a", "<bos>b", "<bos>c")])
+    status, out, _ = run("model.path=model", "device=cpu", "input=in.jsonl")
+    assert status == 0 and f"warning: {BEGUN_TWICE.format(2)}\n" in out
 
 
 def test_only_what_is_given_is_checked(run: Run, tmp_path: Path) -> None:
