@@ -17,7 +17,7 @@ if [ "${1:-}" = --prog ]; then
 fi
 case $prog in
   generate | bench | preflight) ;;
-  *) echo "--prog is generate, bench or preflight, not '$prog'" >&2; exit 2 ;;
+  *) echo "error: --prog is generate, bench or preflight, not '$prog'" >&2; exit 2 ;;
 esac
 
 python=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}

@@ -1,11 +1,19 @@
-"""Which configurations can't be, and which are rarely meant: all that is known without the model."""
+"""Which configurations can't be, and which are rarely meant: all that is known without torch and transformers.
+
+Launchers check that much before they start or submit anything.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
 
 from spmd.config import Config, keys, value_of
 from spmd.messages import show
+from spmd.topology import split_layers
 
 
 def check(config: Config, world_size: int) -> None:
-    """Check what can be known without the model, on every rank alike.
+    """Check what can be known without torch and transformers, on every rank alike.
 
     Raises:
         ValueError: one line that names the keys, their values and what to change.
@@ -14,6 +22,8 @@ def check(config: Config, world_size: int) -> None:
     _check_processes(config, world_size)
     _check_lists(config)
     _check_scheduler(config)
+    if (num_layers := _num_layers(config)) is not None:
+        split_layers(num_layers, config.topology.pp, config.topology.layers)
 
 
 def warnings(config: Config) -> list[str]:
@@ -97,3 +107,12 @@ def _check_scheduler(config: Config) -> None:
             f"scheduler.max_num_batched_tokens={s.max_num_batched_tokens} is less than the {rows} rows of a decode "
             f"batch (max_num_seqs {s.max_num_seqs} // pp {t.pp}); raise it to at least {rows}"
         )
+
+
+def _num_layers(config: Config) -> int | None:
+    """As config.json of a model folder says; None if that doesn't: what is wrong with it, transformers will say."""
+    values, m = {}, config.model
+    with suppress(OSError, ValueError):
+        values = json.loads((Path(m.path or "") / "config.json").read_bytes())
+    found = ((values if isinstance(values, dict) else {}) | m.overrides).get("num_hidden_layers")
+    return found if type(found) is int and found > 0 else None

@@ -27,7 +27,7 @@ from spmd.journal.paths import Paths, check_errors, shard_output
 from spmd.messages import first_line, readable
 from spmd.model.checkpoint import check_files
 from spmd.report.progress import estimate_rows
-from spmd.run_files import columns_of
+from spmd.run_files import RunFiles, columns_of
 from spmd.runtime.compose import compose, tell
 from spmd.settings import Settings, read_model, resolve
 from spmd.signals import USAGE
@@ -41,6 +41,7 @@ from spmd.stage.memory import (
     most_blocks,
     needs,
 )
+from spmd.topology import Topology
 
 SAMPLE_ROWS, SAMPLE_BYTES = 2000, 16 * 2**20  # of the input, whichever is less
 SHOWN = 3  # bad rows that are told one by one
@@ -75,7 +76,7 @@ def preflight(config: Config) -> Iterator[tuple[str, list[str]]]:
     if config.input is not None:
         yield "input", _input(config, parser)
     if config.output is not None:
-        yield "output", [_output(shard_output(config.output, config.shard), config)]
+        yield "output", [_output(shard_output(config.output, config.shard), settings)]
         if config.errors is not None:
             yield "errors", [_errors(shard_output(config.errors, config.shard), config)]
     yield "logs", [_logs(config)]
@@ -216,14 +217,16 @@ def _rows(path: str, reader: Reader, parser: RowParser) -> list[str]:
     return [told, *bad[:SHOWN], *warnings]
 
 
-def _output(output: str, config: Config) -> str:
-    paths, inputs = Paths.of(answers_of(output)), _inputs(config)
+def _output(output: str, settings: Settings) -> str:
+    paths, inputs, t = Paths.of(answers_of(output)), _inputs(settings), settings.topology
     if answers_of(output) != output:
-        check_table(output, inputs, config.errors)
+        check_table(output, inputs, settings.errors, settings.resume == "fresh")
     if paths.output.exists() and not paths.output.is_file():
         raise ValueError(f"output={output} is {'a directory' if paths.output.is_dir() else 'no regular file'}")
     if paths.output in (Path(input).resolve() for input in inputs):
         raise ValueError(f"output={output} is the input: it would be overwritten")
+    if inputs:
+        RunFiles(settings, Topology(t.dp, t.pp, t.tp)).check_output()
     free = _writable(paths.output.parent, f"output={output}")
     earlier = "; answers of an earlier run are there" if paths.folder.exists() or paths.output.exists() else ""
     return f"{output}: {readable(free)} free{earlier}"

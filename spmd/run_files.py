@@ -20,7 +20,7 @@ from spmd.formats.spool import remove, spool
 from spmd.formats.table_output import answers_of, carried_schema, check_table, make_table
 from spmd.formats.table_rows import Columns
 from spmd.journal.fingerprint import fingerprint, first_form
-from spmd.journal.identity import told_earlier
+from spmd.journal.identity import check_identity, told_earlier
 from spmd.journal.journal import Journal
 from spmd.journal.key_table import KeyTable
 from spmd.journal.paths import Paths, shard_output
@@ -138,6 +138,15 @@ class RunFiles:
         """The identity, with weights as the version put it that began what lies at the output."""
         earlier = first_form(str(told_earlier(Paths.of(self.output), "weights")), self._weights)
         return self._identity | ({"weights": earlier} if earlier else {})
+
+    def check_output(self) -> None:
+        """Check that a run could go on from what lies at the output. Only reads, and takes no hold of it.
+
+        A replacement that was cut short is left to the run, which completes it before it looks.
+        """
+        paths = Paths.of(self.output)
+        if self.settings.resume != "fresh" and not paths.merged_keys.exists():
+            check_identity(paths, self.output, {"identity": json.loads(json.dumps(self._as_begun()))})
 
     def reader(self, snapshot: Snapshot) -> Reader:
         """The input from its first row on, to go through it without having rows."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from spmd.api.answers import Head
+from spmd.api.prompts import BEGUN_TWICE
 from spmd.journal.paths import Paths
 from spmd.journal.writer import PartWriter
 from spmd.processes.outlet import Outlet
@@ -198,6 +199,12 @@ def test_rows_as_other_servers_take_them_are_answered_and_errors_stand_apart(
     assert (
         "priority: not looked at in 1 rows; scheduler.policy=priority does" in out and "errors: bad/errors.jsonl" in out
     )
+
+
+def test_a_second_beginning_of_sequence_is_told(model: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_rows(here / "in.jsonl", [{"prompt": prompt, "max_tokens": 1} for prompt in ("a", "<bos>b", "<bos>c")])
+    assert run_here(*GREEDY, *job(model, here / "in.jsonl", here / "out.jsonl")) == 0
+    assert f"warning: {BEGUN_TWICE.format(2)}\n" in capfd.readouterr().err
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:

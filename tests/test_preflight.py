@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spmd.api.prompts import BEGUN_TWICE
 from spmd.preflight import main
 from tests.support.checkpoints import write_checkpoint
-from tests.support.jobs import ROOT, write_rows
+from tests.support.jobs import ROOT, run_here, write_rows
+from tests.support.tiny_tokenizer import make_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -70,6 +72,14 @@ def test_all_is_well(run: Run, tmp_path: Path) -> None:
         assert f"{line}\n" in told, told
     assert "in.jsonl: about 2,7" in told and "; of the first 2,000 1,333 will be error lines\n" in told
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_second_beginning_of_sequence_is_told(run: Run, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", "Qwen3ForCausalLM", vocab_size=269)
+    make_tokenizer(tmp_path / "model")
+    write_rows(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in ("a", "<bos>b", "<bos>c")])
+    status, out, _ = run("model.path=model", "device=cpu", "input=in.jsonl")
+    assert status == 0 and f"warning: {BEGUN_TWICE.format(2)}\n" in out
 
 
 def test_only_what_is_given_is_checked(run: Run, tmp_path: Path) -> None:
@@ -166,6 +176,21 @@ def test_folders_that_may_not_be_written(run: Run, tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     told = refused(run, "model=demo", "device=cpu", "output=closed/out.jsonl")
     assert told.startswith("output=closed/out.jsonl can't be written: ") and told.endswith("Permission denied")
+
+
+def test_an_output_that_a_run_cannot_go_on_from(run: Run, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [{"prompt": "1+2=", "max_tokens": 4}])
+    given = ("model=demo", "device=cpu", "input=in.jsonl", "output=out.jsonl")
+    assert run_here(*given, "run_dir=run", "progress=false") == 0
+    made = {file: file.read_bytes() for file in tmp_path.glob("out*")}
+    assert "output      out.jsonl: " in run(*given)[1]
+    told = refused(run, *given, "sampling.seed=5")
+    assert told.startswith("output=out.jsonl: out.jsonl.journal was made with model.path=")
+    assert "sampling.seed was 0, is 5; choose another output, or resume=fresh" in told
+    assert run(*given, "sampling.seed=5", "resume=fresh")[0] == 0
+    assert {file: file.read_bytes() for file in tmp_path.glob("out*")} == made, "it only looks"
+    (tmp_path / "out.jsonl.journal").unlink()
+    assert refused(run, *given).startswith("output=out.jsonl exists without out.jsonl.journal, which a run leaves")
 
 
 def test_a_shard_has_an_output_of_its_own(run: Run, tmp_path: Path) -> None:

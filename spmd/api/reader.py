@@ -16,6 +16,7 @@ from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
 
 BLOCK = 2**20  # bytes
+NUMBER_NAME = b'"row-'
 NAMED_LIKE_A_NUMBER = re.compile(rb'"custom_id"\s*:\s*"(row-(\d+)_*)"')
 
 
@@ -72,7 +73,7 @@ class Reader:
         self.waited = 0.0
         self.rows = 0  # so far, of all replicas and shards
         self.prioritized = 0  # of those to answer: rows with a priority
-        self._names: set[str] | None = None  # see `names_like_numbers`; None: nobody asked yet
+        self._names: set[str] | None = None  # see `taken_names`; None: nobody asked yet
         self._to_do = (found for found in self.read() if found.place < 0)
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
@@ -94,6 +95,15 @@ class Reader:
                 return None
             left.append(replace(found.row, key=found.key))
         return left
+
+    def taken_names(self) -> set[str]:
+        """Names of numbers that rows without custom_id can't have, looked for once: see `names_like_numbers`.
+
+        It takes about a second a GB, and up to five where some id looks like a number's name.
+        """
+        if self._names is None:
+            self._names = names_like_numbers(self.path, self.size)
+        return self._names
 
     def read(self) -> Iterator[Found]:
         """All rows of the shard, those done before among them."""
@@ -124,10 +134,8 @@ class Reader:
 
     def _name(self, index: int) -> str:
         """Of a row without custom_id."""
-        if self._names is None:
-            self._names = names_like_numbers(self.path, self.size)
-        name = number_name(index)
-        while name in self._names:
+        name, taken = number_name(index), self.taken_names()
+        while name in taken:
             name += "_"
         return name
 
@@ -160,13 +168,27 @@ def names_like_numbers(path: str, size: int) -> set[str]:
 
     A name that is written with escapes isn't seen; then the second row of that name is a duplicate.
     """
-    names = set()
+    names: set[str] = set()
+    if not _holds(path, size, NUMBER_NAME):
+        return names
     for index, (line, _) in enumerate(_lines(path, size)):
-        if b'"row-' in line:
+        if NUMBER_NAME in line:
             for name, number in NAMED_LIKE_A_NUMBER.findall(line):
                 if int(number[:20]) != index:
                     names.add(name.decode())
     return names
+
+
+def _holds(path: str, size: int, what: bytes) -> bool:
+    """Whether the first `size` bytes of a file hold these."""
+    end = b""
+    with open(path, "rb") as file:
+        while block := file.read(min(size, BLOCK)):
+            if what in end + block:
+                return True
+            end = block[1 - len(what) :]
+            size -= len(block)
+    return False
 
 
 def check_input(path: str) -> int:

@@ -1,11 +1,12 @@
 """Process groups, made once at start-up, by every rank in the same order."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import PrefixStore, ProcessGroup
 
 from spmd.topology import Topology
 
@@ -31,10 +32,17 @@ def join(timeout: float = 3600.0) -> None:
 
     With TORCH_DISTRIBUTED_DEBUG=DETAIL a group's ranks would meet in one more collective before each of ours, while
     here a stage may send its next message before another has taken the last one: that level is taken as INFO.
+
+    torchrun keeps one store over its restarts of the ranks. Each attempt has keys of its own there, or ranks would find
+    the addresses that those of the attempt before have left.
     """
     if dist.get_debug_level() == dist.DebugLevel.DETAIL:
         dist.set_debug_level(dist.DebugLevel.INFO)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
+    attempt = PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=attempt, rank=rank, world_size=world_size, timeout=patience)
 
 
 def connect(

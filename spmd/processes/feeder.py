@@ -38,6 +38,7 @@ BLOCK_ROWS = 64  # to answer
 BLOCK_BYTES = 2**18  # of lines to answer
 BLOCK_MET = 4096  # rows that were done before
 
+READY = "ready"
 A_ROW = b'{"messages": [{"role": "user", "content": "1 + 2 = ?"}]}'
 
 
@@ -109,7 +110,8 @@ class Block:
 class Feeder:
     """A process that makes rows, forked from this one. Make it before there are threads or a GPU.
 
-    `load`, then `start`: all that takes time is done between them, while the ranks load weights.
+    `load`, then `start`: all that takes time is done between them, while the ranks load weights. So no rank waits for
+    it in its first tick, where a guard would take that for a standstill.
 
     Raises:
         RuntimeError: from any call, the process is gone.
@@ -135,9 +137,10 @@ class Feeder:
         return self._path is not None
 
     def start(self, capacity: int) -> None:
-        """Begin. The KV cache can hold so many tokens of a request."""
+        """Begin, once all that takes time is done or has failed. The KV cache can hold so many tokens of a request."""
         with _present():
             self._ours.send(capacity)
+            self._ours.recv()
 
     def close(self) -> None:
         """End it, and remove its folder."""
@@ -221,6 +224,7 @@ def _feed(intake: Intake, folder: Folder, rank: Connection) -> None:
         raise
     except Exception as error:
         folder.fail(f"{type(error).__name__}: {first_line(error)}")
+        rank.send(READY)  # so that ranks go on and meet the failure; nobody reads it where they have gone on
     while True:
         rank.recv()
 
@@ -237,10 +241,13 @@ def _publish(intake: Intake, folder: Folder, rank: Connection) -> None:
         fork(partial(_build_blocks, parser, folder, theirs), theirs.fileno())
         theirs.close()
         builders.append(ours)
+    reader = intake.reader()
+    reader.taken_names()
     capacity = rank.recv()
+    rank.send(READY)
     for builder in builders:
         builder.send(capacity)
-    for number, block in enumerate(blocks(intake.reader())):
+    for number, block in enumerate(blocks(reader)):
         while number >= min(folder.taken) + AHEAD:
             if rank.poll():
                 rank.recv()  # nothing is said any more: this is its end

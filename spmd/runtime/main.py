@@ -10,8 +10,6 @@ import time
 import traceback
 from collections.abc import Callable
 
-import torch.distributed as dist
-
 from spmd.config import Config
 from spmd.config_checks import check
 from spmd.guard.ending import is_symptom
@@ -114,6 +112,6 @@ def _join(at: Place, timeout: float) -> None:
         with waiting(at):
             resolve_host(at)
             join(timeout)
-    except (dist.DistError, OSError) as error:
+    except (RuntimeError, OSError) as error:  # gloo's and the store's are RuntimeErrors
         sys.stderr.write(f"error: {cannot_meet(at, error)}\n")
         sys.exit(FAILED)

@@ -1,11 +1,13 @@
 import json
 import math
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from spmd.api.answers import Finished, Head, answer_line, complete, error_line
-from spmd.api.choices import Completion
+from spmd.api.choices import Completion, chat_choice, text_choice
 from spmd.api.rows import SERVER_ERROR, BadRow, Job, RowParser
 from spmd.config import SamplingConfig
 from spmd.schedule.request import Request, TokenLogprobs
@@ -89,6 +91,18 @@ def test_completion_logprobs() -> None:
         "top_logprobs": [{"hello": -0.5, " wor": -0.25}, {" wor": -1.0}],
         "text_offset": [0, 5],
     }
+
+
+@pytest.mark.parametrize("shape", [chat_choice, text_choice])
+def test_a_token_is_decoded_once(shape: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many answers name it: texts of likely tokens would take most of an answer's time."""
+    tokenizer = make_tokenizer()
+    decode = Mock(wraps=tokenizer.decode)
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    logprobs = [TokenLogprobs(-0.5, 1, [(HELLO, -0.5), (WORLD, -1.0)])] * 100
+    done = Completion("hello" * 100, [HELLO] * 100, "length", None, logprobs)
+    assert shape(0, done, tokenizer) == shape(0, done, tokenizer)
+    assert [call.args[0] for call in decode.call_args_list] == [[HELLO], [WORLD]]
 
 
 def test_without_a_tokenizer_tokens_are_named_by_id() -> None:

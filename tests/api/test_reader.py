@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spmd.api import rows
-from spmd.api.reader import Reader, input_digest
+from spmd.api.reader import Reader, input_digest, names_like_numbers
 from spmd.api.rows import BadRow, Job, RowParser
 from spmd.api.source import SKIPPED, NotYet, Skipped
 from spmd.config import SamplingConfig
@@ -221,6 +221,15 @@ def test_names_are_looked_for_where_a_row_has_none(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("spmd.api.reader.names_like_numbers", lambda *_: 1 / 0)
     path = write(tmp_path / "in.jsonl", [b'{"custom_id": "row-%d", "prompt": "a"}\n' % (row + 1) for row in range(9)])
     assert [result.custom_id for result in read(path)] == [f"row-{row + 1}" for row in range(9)]
+
+
+def test_a_name_is_found_wherever_blocks_of_bytes_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spmd.api.reader.BLOCK", 16)
+    for before in range(20):
+        lines = [b'{"prompt": "%s"}\n' % (b"a" * before), b'{"custom_id": "row-0"}\n']
+        path = write(tmp_path / "in.jsonl", lines)
+        assert names_like_numbers(path, sum(map(len, lines))) == {"row-0"}
+        assert names_like_numbers(path, len(lines[0])) == set(), "no further than rows are read"
 
 
 def test_rows_with_a_priority_are_counted(tmp_path: Path) -> None:

@@ -4,13 +4,20 @@ import mmap
 import multiprocessing
 import os
 import signal
+import time
 from array import array
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from spmd.config import GuardConfig
+from spmd.guard.ending import Place, this_place
+from spmd.guard.guard import Guard
 from spmd.guard.recorder import NONE, SIZE, TICKS, Peer, Recorder, traced
+from spmd.signals import Stop
+from spmd.topology import Topology
 
 
 def digests(tick: int) -> tuple[int, ...]:
@@ -78,3 +85,26 @@ def test_an_entry_that_is_just_written_is_passed_over() -> None:
     with mmap.mmap(recorder.fd, SIZE) as memory:
         memory[8 * (1 + 5 * 4) : 8 * (1 + 5 * 4) + 16] = array("q", [NONE, 7]).tobytes()
     assert traced(recorder.content())[1].keys() <= {4}
+
+
+def test_ranks_of_another_machine_read_what_was_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's last sign of life is of tick 3, and it went on to tick 9; only its neighbour sees its recorder."""
+    store = dist.HashStore()
+    monkeypatch.setattr("spmd.guard.guard._connect_store", lambda timeout: store)
+    config = GuardConfig(timeout=0.02)
+    lost, neighbour, far = (Guard(Topology(1, 3, 1, rank), config, tmp_path, Stop(), False) for rank in range(3))
+    for tick in range(10):
+        lost.recorder.write(tick, digests(tick))
+        if tick == 3:
+            lost._send_beat()
+    here = this_place(lost.topology, lost.recorder.fd)
+    neighbour.recorders[0] = Peer(here.pid, here.recorder)
+    far.places = [here, Place("the neighbour", here.machine, 0, 0), Place("far away", "another", 0, 0)]
+    assert far._status(0).tick == 3
+    neighbour._write_down()
+    assert [file.name for file in tmp_path.iterdir()] == ["rank-0.recorder"]
+    time.sleep(4 * far.beat)  # without a sign of life
+    seen = far._status(0)
+    assert (seen.tick, seen.trace) == (9, {tick: digests(tick) for tick in range(10)})
+    (tmp_path / "rank-0.recorder").write_bytes(b"")  # as of a full disk
+    assert far._status(0).tick == 3

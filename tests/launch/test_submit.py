@@ -72,6 +72,7 @@ def test_without_gpus(dry: Dry) -> None:
         (["NODES=2", "GPUS=4", "topology=pp2dp2"], "needs 4 processes, NODES=2 x GPUS=4 gives 8; change the topology"),
         (["PROCS=4", "topology=pp2"], "needs 2 processes, NODES=1 x PROCS=4 gives 4; change the topology"),
         (["GPUS=2", "topology=pp2", "scheduler.max_num_seqs=1"], "scheduler.max_num_seqs=1 is less than topology.pp=2"),
+        (["GPUS=5", "topology.pp=5", "model=demo"], "topology.pp=5 needs at least 5 layers, the model has 4"),
         (["GPUS=2", "topology.pq=2"], "Could not override 'topology.pq'"),
         (["NODE=2"], "unknown NODE; the job's options are NODES, GPUS, PROCS"),
         (["NODES=two"], "NODES=two is not a number, at least 1"),
@@ -134,3 +135,5 @@ def test_a_task_of_an_array_has_a_part_and_a_folder_of_its_own(settled: Callable
 def test_a_job_of_another_size_is_refused(settled: Callable[..., dict[str, str]]) -> None:
     with pytest.raises(ValueError, match="needs 2 processes, the job's 2 nodes x 2 processes gives 4"):
         settled("topology=pp2")
+    with pytest.raises(ValueError, match="needs at least 4 layers, the model has 3"):
+        settled("topology=pp4", "model=demo", "+model.overrides.num_hidden_layers=3")

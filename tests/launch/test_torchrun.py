@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import jobs
+
 ROOT = Path(__file__).parents[2]
 # Rank 0 leaves its exit status as a run does. A rank that is told to stop ends with 75.
 RANK = """
@@ -35,6 +37,23 @@ if does == "die" and rank == 1:
     os.kill(os.getpid(), signal.SIGSEGV)
 os.write(1, b"ready\\n")
 time.sleep(60)
+"""
+
+# One rank is killed in mid-run, but not when torchrun has started the ranks again.
+KILLED_ONCE = """
+import os, signal
+from spmd.engine import Engine
+from spmd.generate import cli
+
+run = Engine.tick
+
+def killed(self, tick):
+    if tick == 40 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    run(self, tick)
+
+Engine.tick = killed
+cli()
 """
 
 
@@ -88,3 +107,17 @@ def test_a_signal_goes_to_the_ranks(tmp_path: Path) -> None:
     for run in runs.values():
         assert run.communicate(timeout=100) == ("", "")
         assert run.returncode == 75
+
+
+def test_the_ranks_that_torchrun_starts_again_meet_and_answer_the_rows_that_are_left(tmp_path: Path) -> None:
+    """torchrun keeps its store, and in it the address of the rank that was killed."""
+    (tmp_path / "killed.py").write_text(KILLED_ONCE)
+    jobs.write_rows(tmp_path / "in.jsonl", [{"prompt": f"{number}+217=", "max_tokens": 8} for number in range(60)])
+    torchrun = [sys.executable, str(ROOT / "launch" / "torchrun.py"), "--standalone", "--max-restarts", "1"]
+    overrides = ("topology=dp2", "model=demo", "input=in.jsonl", "output=out.jsonl", "run_dir=run")
+    seats = "scheduler.max_num_seqs=4"
+    done = jobs.run([*torchrun, "--nproc-per-node", "2", str(tmp_path / "killed.py"), *overrides, seats], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search("resumed: [1-9][0-9]* more rows were done by earlier runs", done.stdout)
+    assert sorted(jobs.bodies(tmp_path / "out.jsonl")) == sorted(f"row-{number}" for number in range(60))

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from spmd.config import Config, ModelConfig
 from spmd.model.architecture import Architecture, read_architecture
 from spmd.model.rope import attention_scale, inverse_frequencies
+from spmd.settings import read_model
 
 OLD: dict[str, Any] = {  # as transformers 4 wrote it
     "architectures": ["Qwen3ForCausalLM"],
@@ -86,6 +88,12 @@ def test_overrides_of_either_generation_replace_what_they_name(
     theirs = Qwen3RotaryEmbedding(config)
     torch.testing.assert_close(inverse_frequencies(arch.rope, 16), theirs.inv_freq, rtol=0, atol=0)
     assert attention_scale(arch.rope) == theirs.attention_scaling
+
+
+def test_a_factor_in_quotes_is_a_number(tmp_path: Path) -> None:
+    assert read(tmp_path, OLD | {"rope_scaling": LINEAR | {"factor": "2.0"}}) == read(
+        tmp_path, OLD | {"rope_scaling": LINEAR}
+    )
 
 
 def test_overrides_replace_a_scaling_of_the_other_generation(tmp_path: Path) -> None:
@@ -204,3 +212,16 @@ def test_positions_with_a_scaling(tmp_path: Path, changes: dict[str, Any], posit
     """YaRN: factor x original, as vLLM. With linear scaling so many may be asked for, but it isn't the default."""
     arch = read(tmp_path, OLD | changes)
     assert (arch.max_position_embeddings, arch.rope.reach(arch.max_position_embeddings)) == (positions, reach)
+
+
+def test_as_many_positions_as_yarn_reaches_may_be_asked_for(tmp_path: Path) -> None:
+    """Qwen's cards: 32,768 x 4."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(OLD | {"max_position_embeddings": 40960, "rope_scaling": yarn}))
+
+    def config(longest: int) -> Config:
+        return Config(model=ModelConfig(path=str(tmp_path), max_model_len=longest))
+
+    assert read_model(config(131072)).max_position_embeddings == 131072
+    with pytest.raises(ValueError, match=r"max_model_len=131073 is more than the 131072 positions .* yarn factor 4 in"):
+        read_model(config(131073))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from spmd.api import reader as reader_module
 from spmd.api.reader import Reader
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import NOT_YET, SKIPPED
@@ -202,6 +203,29 @@ def test_a_row_that_is_too_long_for_the_cache_is_bad(model: str, tmp_path: Path)
         feeder.start(3)
         bad, good = rest(PreparedRows(path, 0, 1, of.reader()))
     assert isinstance(bad, BadRow) and "3" in bad.message and isinstance(good, Job)
+
+
+def test_names_are_looked_for_before_the_ranks_go_on(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first tick ranks would wait for that under a guard, for minutes where the input has a hundred GB."""
+    find = reader_module.names_like_numbers
+
+    def slow(path: str, size: int) -> set[str]:
+        time.sleep(0.3)
+        (tmp_path / "found").touch()
+        return find(path, size)
+
+    monkeypatch.setattr(reader_module, "names_like_numbers", slow)
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "hello"}\n{"custom_id": "row-0", "prompt": "hello"}\n')
+    of = intake(model, path)
+    with Feeder() as feeder:
+        folder_of = begun(feeder, of)
+        assert (tmp_path / "found").exists()
+        (tmp_path / "found").unlink()
+        assert [row.custom_id for row in rest(PreparedRows(folder_of, 0, 1, of.reader()))] == ["row-0_", "row-0"]
+        assert not (tmp_path / "found").exists(), "looked for again"
 
 
 def test_its_processes_end_with_the_rank_and_leave_nothing(model: str, broken: Path) -> None:

@@ -96,6 +96,20 @@ def test_a_host_that_has_no_address(here: Path, monkeypatch: pytest.MonkeyPatch,
     assert told.startswith("error: rank 0 can't meet the others at no.such.host.invalid:29511: ")
 
 
+def test_a_rank_that_cannot_reach_another_says_so(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: Error) -> None:
+    def refused(timeout: float) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with Connection refused\nException raised from there")
+
+    monkeypatch.setattr("spmd.runtime.main.join", refused)
+    for name, value in MEETING.items():
+        monkeypatch.setenv(name, value)
+    assert run_here("topology=pp2", *DEMO) == 1
+    [told] = capfd.readouterr().err.splitlines()
+    assert told == (
+        "error: rank 0 can't meet the others at localhost:29511: Gloo connectFullMesh failed with Connection refused"
+    )
+
+
 def test_a_name_server_that_is_slow_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -110,11 +124,16 @@ def test_a_name_server_that_is_slow_is_asked_again(monkeypatch: pytest.MonkeyPat
     assert asked == ["localhost"] * 3
 
 
-def test_a_network_interface_that_is_not_there() -> None:
+def test_a_network_interface_that_is_not_there(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: Error) -> None:
     check_interfaces({})
     check_interfaces({"GLOO_SOCKET_IFNAME": "lo"})
     with pytest.raises(Mistake, match=r"GLOO_SOCKET_IFNAME=lo,ib7: this machine has no network interface 'ib7', it ha"):
         check_interfaces({"GLOO_SOCKET_IFNAME": "lo,ib7"})
+    for name, value in (MEETING | {"GLOO_SOCKET_IFNAME": "ib7"}).items():
+        monkeypatch.setenv(name, value)
+    assert run_here("topology=pp2", *DEMO) == 2
+    [told] = capfd.readouterr().err.splitlines()
+    assert told.startswith("error: GLOO_SOCKET_IFNAME=ib7: this machine has no network interface 'ib7', it has ")
 
 
 def test_a_debug_level_that_torch_refuses(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +157,7 @@ def test_joining_lowers_the_debug_level_of_groups(monkeypatch: pytest.MonkeyPatc
     levels: list[dist.DebugLevel] = []
     before = dist.get_debug_level()
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: levels.append(dist.get_debug_level()))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
     try:
         dist.set_debug_level(dist.DebugLevel.DETAIL)
         join()
