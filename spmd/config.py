@@ -261,7 +261,7 @@ class Config:
     errors: str | None = key(None, "A file of those answers that are errors, beside the output. null: none.")
     input_workers: int | None = key(
         None,
-        "Processes a node that tokenize rows ahead. null: two a rank, at most half the cores ranks leave.",
+        "Processes a node that tokenize rows ahead. null: four a rank, at most half the cores ranks leave.",
         least=1,
     )
     output_order: str = key(

@@ -264,12 +264,9 @@ def first_error(output: str) -> str:
 
 
 def _builders() -> int:
-    """Two for each rank of this node, at most half of the cores that the ranks leave.
-
-    More build no faster than ranks take, and cores that share their parts with a rank's make its Python slower.
-    """
+    """Four for each rank of this node, at most half of the cores that the ranks leave: as many as short rows need."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(2 * ranks, 16, (len(os.sched_getaffinity(0)) - ranks) // 2))
+    return max(1, min(4 * ranks, 32, (len(os.sched_getaffinity(0)) - ranks) // 2))
 
 
 def _job() -> tuple[str | None, bool]:
