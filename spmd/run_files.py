@@ -205,6 +205,7 @@ class RunFiles:
             sampling=settings.sampling,
             max_model_len=m.max_model_len,
             vocab_size=settings.arch.vocab_size,
+            block_size=settings.scheduler.block_size if settings.scheduler.prefix_caching else None,
             builders=settings.input_workers or _builders(),
         )
 

@@ -32,6 +32,7 @@ from spmd.messages import first_line
 from spmd.processes.child import fork
 from spmd.processes.folder import AHEAD, NAP, Batch, Folder
 from spmd.processes.packed import pack
+from spmd.schedule.blocks import hash_blocks
 
 # A block ends with the first row that fills one of these.
 BLOCK_ROWS = 64  # to answer
@@ -58,6 +59,7 @@ class Intake:
     sampling: SamplingConfig
     max_model_len: int
     vocab_size: int
+    block_size: int | None  # of the prefix cache; None: there is none
     builders: int  # processes
 
     def reader(self) -> Reader:
@@ -187,10 +189,16 @@ def _ended(block: Block, reader: Reader) -> Block:
     return block
 
 
-def build(block: Block, parser: RowParser) -> Batch:
-    """The rows of a block, whatever its lines hold."""
+def build(block: Block, parser: RowParser, block_size: int | None) -> Batch:
+    """The rows of a block, whatever its lines hold.
+
+    `block_size`: of the prefix cache, for which prompts bring their hashes along; None: there is none.
+    """
     before = parser.begun_twice
     built = [_build(line, parser) for line in block.lines]
+    if block_size is not None:
+        for prompt in (prompt for row in built if isinstance(row, Job) for prompt in row.prompts):
+            prompt.hashes = hash_blocks(prompt.tokens, block_size)
     rows = [(num_requests(row), pack(row)) for row in built]
     return Batch(
         rows, block.met, block.num_rows, block.consumed, block.prioritized, parser.begun_twice - before, block.last
@@ -238,7 +246,7 @@ def _publish(intake: Intake, folder: Folder, rank: Connection) -> None:
     parser, builders, first = intake.parser(), list[Connection](), 0
     for _ in range(intake.builders):
         ours, theirs = Pipe()
-        fork(partial(_build_blocks, parser, folder, theirs), theirs.fileno())
+        fork(partial(_build_blocks, parser, intake.block_size, folder, theirs), theirs.fileno())
         theirs.close()
         builders.append(ours)
     reader = intake.reader()
@@ -259,13 +267,13 @@ def _publish(intake: Intake, folder: Folder, rank: Connection) -> None:
             raise RuntimeError("one of its processes is gone; was it killed for memory?") from error
 
 
-def _build_blocks(parser: RowParser, folder: Folder, feeder: Connection) -> None:
+def _build_blocks(parser: RowParser, block_size: int | None, folder: Folder, feeder: Connection) -> None:
     """All that a builder does."""
     try:
         parser.capacity = feeder.recv()
         while True:
             number, block = feeder.recv()
-            folder.publish(number, build(block, parser))
+            folder.publish(number, build(block, parser, block_size))
     except (EOFError, OSError):
         pass  # the feeder has ended
     except Exception as error:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from spmd.api.endpoints import BY_URL
 from spmd.api.rows import BadRow, Job
+from spmd.schedule.blocks import HASH_BYTES
 from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
@@ -21,7 +22,7 @@ def pack(row: Job | BadRow) -> bytes:
             row.index,
             row.custom_id,
             row.endpoint.url,
-            [prompt.tokens.tobytes() for prompt in row.prompts],
+            [(prompt.tokens.tobytes(), b"".join(prompt.hashes)) for prompt in row.prompts],
             [pickle.dumps(request.params) for request in requests[::choices]],
             [request.stream for request in requests],
             requests[0].priority,
@@ -38,7 +39,7 @@ def unpack(packed: bytes) -> Job | BadRow:
     if isinstance(row, BadRow):
         return row
     index, custom_id, url, packed_prompts, packed_params, streams, priority, return_token_ids, key, metadata = row
-    prompts = [Prompt(array("i", ids)) for ids in packed_prompts]
+    prompts = [_prompt(*packed_prompt) for packed_prompt in packed_prompts]
     params = [*map(_params, packed_params)]
     choices = len(streams) // len(prompts)
     requests = [
@@ -46,6 +47,12 @@ def unpack(packed: bytes) -> Job | BadRow:
         for choice, stream in enumerate(streams)
     ]
     return Job(index, custom_id, BY_URL[url], requests, prompts, return_token_ids, key, metadata)
+
+
+def _prompt(tokens: bytes, hashes: bytes) -> Prompt:
+    prompt = Prompt(array("i", tokens))
+    prompt.hashes = [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
+    return prompt
 
 
 @lru_cache(maxsize=256)  # rows of one file mostly ask for the same

@@ -12,11 +12,20 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 NULL_BLOCK = 0
+HASH_BYTES = 16
 
 
 def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Content hash of a full block: 16 bytes over its tokens and the hash of the block before (b"" for the first)."""
-    return blake2b(array("q", tokens).tobytes(), digest_size=16, key=parent).digest()
+    """Content hash of a full block: HASH_BYTES over its tokens and the hash of the block before (b"" for the first)."""
+    return blake2b(array("q", tokens).tobytes(), digest_size=HASH_BYTES, key=parent).digest()
+
+
+def hash_blocks(tokens: Sequence[int], block_size: int) -> list[bytes]:
+    """Those of all full blocks of a request that begins with these tokens."""
+    hashes, parent = [], b""
+    for end in range(block_size, len(tokens) + 1, block_size):
+        hashes.append(parent := hash_block(parent, tokens[end - block_size : end]))
+    return hashes
 
 
 class BlockPool:

@@ -12,7 +12,7 @@ class Prompt:
     def __init__(self, token_ids: "Iterable[int] | array[int]") -> None:
         """An array (of type "i") is kept as it is."""
         self.tokens = token_ids if isinstance(token_ids, array) else array("i", token_ids)  # nobody writes these
-        self.hashes: list[bytes] = []  # of its first full blocks, as many as the scheduler has asked for
+        self.hashes: list[bytes] = []  # of its first full blocks: those that were asked for, or computed ahead
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -1,5 +1,6 @@
 """Rows that a node's feeder makes: those that a reader would make, whoever builds them. No process outlives a rank."""
 
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from spmd.processes import packed as packed_form
 from spmd.processes.feeder import BLOCK_MET, BLOCK_ROWS, Feeder, Intake
 from spmd.processes.folder import AHEAD, abandoned
 from spmd.processes.source import PreparedRows
+from spmd.schedule.blocks import hash_blocks
 from tests.support.broken_rows import MAX_MODEL_LEN, make_rows
 from tests.support.checkpoints import write_checkpoint
 from tests.support.jobs import alive
@@ -52,6 +54,7 @@ def intake(model: str, path: Path, builders: int = 2, done: bytes = b"", shard: 
         sampling=SamplingConfig(),
         max_model_len=MAX_MODEL_LEN,
         vocab_size=269,
+        block_size=16,
         builders=builders,
     )
 
@@ -162,6 +165,16 @@ def test_a_row_travels_with_its_prompt_once(model: str, tmp_path: Path) -> None:
     assert isinstance(again, Job)
     assert len({id(request.output) for request in again.requests}) == 50, "each appends to its own"
     assert {id(request.prompt) for request in again.requests} == {id(again.prompts[0])}, "all share one prompt"
+    assert len({id(request.params) for request in again.requests}) == 1, "and what is asked for"
+
+
+def test_hashes_of_blocks_come_with_the_rows(model: str, tmp_path: Path) -> None:
+    rows = tmp_path / "in.jsonl"
+    rows.write_text(json.dumps({"prompt": [*range(5, 45)]}))
+    with fed(intake(model, rows)) as (_, [source]):
+        [row] = rest(source)
+    assert isinstance(row, Job)
+    assert row.prompts[0].hashes == hash_blocks(row.prompts[0].tokens, 16) and len(row.prompts[0].hashes) == 2
 
 
 @pytest.mark.parametrize("whole", [True, False])

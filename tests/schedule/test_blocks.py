@@ -1,6 +1,6 @@
 import pytest
 
-from spmd.schedule.blocks import NULL_BLOCK, BlockPool, hash_block
+from spmd.schedule.blocks import NULL_BLOCK, BlockPool, hash_block, hash_blocks
 
 
 def chain(*blocks: list[int]) -> list[bytes]:
@@ -23,6 +23,9 @@ def test_every_block_but_the_null_block_can_be_taken_once() -> None:
 def test_hash_covers_the_whole_prefix() -> None:
     assert chain([1, 2], [3, 4])[1] != chain([1, 9], [3, 4])[1]
     assert chain([1, 2], [3, 4]) == chain([1, 2], [3, 4])
+    for tokens in ([1, 2, 3, 4], [1, 2, 3, 4, 5]):
+        assert hash_blocks(tokens, 2) == chain([1, 2], [3, 4])
+    assert hash_blocks([1], 2) == []
 
 
 def test_freed_blocks_are_found_until_they_are_reused() -> None:
