@@ -36,6 +36,8 @@ from spmd.schedule.limits import Counters, Limits
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import NO_TOKEN, Request
 
+MOST_NEW_BLOCKS = 8192  # a plan that has so many for its block tables seats nobody else: a few ms of the host's time
+
 
 class Scheduler:
     def __init__(self, limits: Limits, pool: BlockPool) -> None:
@@ -209,7 +211,7 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> Request | None:
         """Seat the first waiting request if all blocks of its prompt are to be had; it may not jump the queue."""
-        if not self.waiting or not self._free_seats:
+        if not self.waiting or not self._free_seats or len(plan.new_blocks) >= MOST_NEW_BLOCKS:
             return None
         request = self.waiting[0]
         shared = self._known_prefix(request)

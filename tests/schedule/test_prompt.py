@@ -41,6 +41,15 @@ def test_a_prompt_is_hashed_once_for_all_its_choices(monkeypatch: pytest.MonkeyP
     assert hashed == [[*prompt.tokens[start : start + 4]] for start in range(0, 20, 4)]
 
 
+def test_choices_of_a_long_prompt_are_seated_a_bounded_number_of_blocks_a_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spmd.schedule.scheduler.MOST_NEW_BLOCKS", 12)
+    scheduler = make_scheduler(caching=True)
+    for request in choices(6, Prompt(range(100, 122))):  # six blocks each, of which all but the last are shared
+        scheduler.add(request)
+    assert [len(scheduler.schedule(tick).new_blocks) for tick in range(3)] == [12, 12, 12]
+    assert not scheduler.waiting
+
+
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("blocks", [200, 15])
 def test_choices_go_their_own_ways(caching: bool, blocks: int) -> None:
