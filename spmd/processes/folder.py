@@ -19,10 +19,12 @@ from pathlib import Path
 from time import perf_counter, sleep, time
 from typing import NamedTuple
 
+MEMORY = Path("/dev/shm")
 AHEAD = 16  # batches
 PATIENCE = 1.0  # seconds without a batch after which a rank looks whether there is still a feeder
 NAP = 0.0005  # seconds between two looks
 YOUNG = 60.0  # seconds
+ROOM = 2**30  # bytes that memory's file system must have left; containers are often given 64 MiB of it
 PREFIX = "spmd-rows-"
 LOCK, TAKEN, FAILED = "feeder", "taken", "failed"
 
@@ -49,9 +51,9 @@ class Folder:
 
     @staticmethod
     def make(ranks: int) -> Path:
-        """A new one, held by this process; in memory where the system has a file system there."""
-        shared = Path("/dev/shm")
-        base = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+        """A new one, held by this process; in memory where the system has a file system there, with room."""
+        in_memory = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM
+        base = MEMORY if in_memory else Path(tempfile.gettempdir())
         _remove_abandoned(base)
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
         (path / LOCK).touch()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import time
 from array import array
 from collections.abc import Iterator
@@ -266,3 +267,10 @@ def test_what_a_killed_feeder_left_is_removed_by_the_next(tmp_path: Path, monkey
     assert not other.exists() and path.exists() and again.exists()
     for each in (path, again):
         shutil.rmtree(each)
+
+
+def test_where_memory_has_no_room_rows_travel_by_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "ROOM", 2**62)
+    path = folder.Folder.make(1)
+    assert path.parent == Path(tempfile.gettempdir())
+    shutil.rmtree(path)
