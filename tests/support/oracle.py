@@ -131,11 +131,15 @@ def printable(tokenizer: PreTrainedTokenizerFast, output: list[int]) -> str:
     return max(pieces, key=len)[:3]
 
 
+BIASED = {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "logit_bias": {"7": 3.0}}
+
+
 def sampled_rows(prompts: list[list[int]]) -> list[dict[str, Any]]:
     return [
         make_row("sampled", prompts[2], 12, temperature=1.0, n=2, seed=7),
         make_row("sampled-cut", prompts[3], 12, temperature=0.7, top_k=50, top_p=0.9, seed=8),
         make_row("sampled-penalised", prompts[5], 10, temperature=1.3, min_p=0.01, presence_penalty=1.0, seed=9),
+        make_row("sampled-biased", prompts[4], 8, temperature=0.9, n=3, seed=10, logprobs=2, **BIASED),
     ]
 
 
