@@ -47,7 +47,7 @@ def generate(config: Config, topology: Topology, stop: Stop, feeder: Feeder, out
         if from_rank_0(topology, complete is not None):
             if complete:
                 reader, left = complete
-                _finish(files, reader, files.write_errors(snapshot, left), len(left))
+                _finish(files, reader, files.write_errors(snapshot, left), left)
             return
         agree(together(topology, lambda: files.facts(snapshot)))
         rows, tokenizer = files.load(snapshot, feeder, outlet)  # before weights

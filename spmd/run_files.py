@@ -11,7 +11,7 @@ from typing import Any
 
 from spmd.api.answers import error_line
 from spmd.api.reader import Reader, check_input, input_digest
-from spmd.api.rows import BESIDE_PROMPT, BadRow
+from spmd.api.rows import BESIDE_PROMPT
 from spmd.api.tokenizer import load_tokenizer
 from spmd.config import Config
 from spmd.formats.content import is_plain, roles_in
@@ -209,8 +209,8 @@ class RunFiles:
             builders=settings.input_workers or _builders(),
         )
 
-    def complete(self, snapshot: Snapshot) -> tuple[Reader, list[BadRow]] | None:
-        """On rank 0, if no row is left that a model could answer: a reader that has met all rows, and those left.
+    def complete(self, snapshot: Snapshot) -> tuple[Reader, int] | None:
+        """On rank 0, if no row is left that a model could answer: a reader that has met all rows, and how many are so.
 
         Such are lines that aren't JSON, say, or that have an earlier row's id. Blank lines are no rows.
         """
@@ -222,12 +222,12 @@ class RunFiles:
             raise Mistake(f"input={','.join(self.input)} has no rows, only blank lines")
         return reader, left
 
-    def write_errors(self, snapshot: Snapshot, rows: list[BadRow]) -> int:
-        """On rank 0, with no model: write down why rows can't be answered. Returns how many parts it made."""
-        if not rows:
+    def write_errors(self, snapshot: Snapshot, left: int) -> int:
+        """On rank 0, with no model: write down why the rows left can't be answered. Returns how many parts it made."""
+        if not left:
             return 0
         with PartWriter(self.output, 0, snapshot.header) as part:
-            for row in rows:
+            for row in self.reader(snapshot).bad_rows():  # once more, for they may be too many for the memory
                 part.write(row.index, error_line(row), row.key, True)
             part.close()
         return 1

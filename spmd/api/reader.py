@@ -87,14 +87,20 @@ class Reader:
         row = replace(self.parser.build(found.row) if isinstance(found.row, Row) else found.row, key=found.key)
         return row if own else skipped(num_requests(row))
 
-    def unanswerable(self) -> list[BadRow] | None:
-        """All that is left, if none of it can be answered, whatever the model; None as soon as a row perhaps can."""
-        left = []
+    def unanswerable(self) -> int | None:
+        """How many rows are left, if none can be answered, whatever the model; None as soon as a row perhaps can."""
+        left = 0
         for found in self._to_do:
             if isinstance(found.row, Row):
                 return None
-            left.append(replace(found.row, key=found.key))
+            left += 1
         return left
+
+    def bad_rows(self) -> Iterator[BadRow]:
+        """Those of the rows that are left which can't be answered, whatever the model."""
+        for found in self._to_do:
+            if isinstance(found.row, BadRow):
+                yield replace(found.row, key=found.key)
 
     def taken_names(self) -> set[str]:
         """Names of numbers that rows without custom_id can't have, looked for once: see `names_like_numbers`.
