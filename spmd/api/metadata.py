@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from spmd.formats.column_values import json_text
+
 
 def metadata_of(data: Mapping[str, Any]) -> str:
     """A row's metadata as JSON; empty if it has none, or null. Fails for no row that could be read.
@@ -15,17 +17,8 @@ def metadata_of(data: Mapping[str, Any]) -> str:
     if value is None:
         return ""
     try:
-        return _written(value)
+        return json_text(value)
     except ValueError:
-        return _written(json.loads(json.dumps(value), parse_constant=lambda _: None))
+        return json_text(json.loads(json.dumps(value), parse_constant=lambda _: None))
     except RecursionError:
         return ""
-
-
-def _written(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # halves of surrogate pairs stay the escapes that they were
-        return json.dumps(value)
-    return text

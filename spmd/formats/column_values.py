@@ -12,6 +12,20 @@ from typing import Any
 from spmd.formats.tables import pyarrow
 
 
+def json_text(value: Any) -> str:
+    """A value as JSON that can be encoded: halves of surrogate pairs, which are no text, stay the escapes they were.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON lacks.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
+
+
 def to_json(column: Any) -> list[Any]:
     """The values of an Arrow array as JSON can hold them."""
     arrow = pyarrow("a column")

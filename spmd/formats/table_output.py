@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from spmd.formats.column_values import from_json, type_behind
+from spmd.formats.column_values import from_json, json_text, type_behind
 from spmd.formats.content import is_table_file
 from spmd.formats.sources import Source
 from spmd.formats.table_rows import Columns, roles_of
@@ -145,7 +145,7 @@ def _own(answer: Answer) -> tuple[str | None, ...]:
         text,
         choice.get("finish_reason"),
         message,
-        body and json.dumps(body, ensure_ascii=False),
+        body and json_text(body),
     )
 
 
@@ -153,7 +153,7 @@ def _metadata(group: Sequence[Answer], carried: Any | None) -> list[Any]:
     """The columns that were carried through."""
     arrow, values = pyarrow("the output"), [answer.get("metadata") for answer in group]
     if carried is None:
-        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+        texts = [None if value is None else json_text(value) for value in values]
         return [arrow.array(texts, arrow.string())]
     found = []
     for field in carried:

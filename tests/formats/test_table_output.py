@@ -67,6 +67,11 @@ def test_a_row_for_each_answer_with_its_text_or_its_error(monkeypatch: pytest.Mo
     assert parquet.ParquetFile(TABLE).num_row_groups == 2
 
 
+def test_metadata_that_is_no_text_stays_escaped_and_costs_no_table() -> None:
+    rows = make([answer("a", None, {"x": "\ud800"}), answer("b", "x", "é")])
+    assert [row["metadata"] for row in rows] == ['{"x": "\\ud800"}', '"é"']
+
+
 VALUES: dict[str, Any] = {
     "day": pa.array([date(2024, 2, 29), None]),
     "seconds": pa.array([datetime(2024, 2, 29, 12, 1), None], pa.timestamp("s")),
