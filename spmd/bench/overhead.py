@@ -21,15 +21,12 @@ from pathlib import Path
 from statistics import median
 
 from spmd.bench.runs import Run, ids, text, warm_up
-from spmd.bench.workload import Workload
 from spmd.config import Config
-from spmd.engine import Watch, unwatched
-from spmd.leader import Leader
+from spmd.engine import unwatched
 from spmd.processes.feeder import Feeder
 from spmd.processes.outlet import Outlet
-from spmd.report.metrics import Metrics
 from spmd.runtime.main import main
-from spmd.signals import Stop
+from spmd.signals import Stop, name
 from spmd.topology import Topology
 from spmd.worker import Worker, settle, start
 
@@ -52,6 +49,10 @@ def overhead(config: Config, topology: Topology, stop: Stop, processes: Sequence
             pair = [(worker, _written(worker, outlet)), (bare, ids(bare))]
         order = (1, 0) if number % 2 else (0, 1)
         seconds = {which: _seconds(*pair[which]) for which in order}
+        if stop.stopped:  # known alike on all ranks
+            if topology.rank == 0:
+                print(f"stopped by {name(stop.stopped)} in round {number + 1}: no figures")
+            return
         if topology.rank == 0:
             ratios.append(seconds[0] / seconds[1])
             print(f"round {number + 1}: {seconds[0]:.2f} s {names[0]}, {seconds[1]:.2f} s {names[1]}", flush=True)
@@ -70,16 +71,10 @@ def _seconds(worker: Worker, way: AbstractContextManager[Run]) -> float:
 @contextmanager
 def _written(worker: Worker, outlet: Outlet) -> Iterator[Run]:
     """What answers the workload's ids and writes the answers."""
-    settings, topology = worker.settings, worker.topology
-    with tempfile.TemporaryDirectory(prefix="spmd-") as folder:
-        if topology.is_leader:
+    with tempfile.TemporaryDirectory(prefix="spmd-") as folder, ids(worker, outlet) as run:
+        if worker.topology.is_leader:
             outlet.load(None, None)
-            outlet.open(str(Path(folder) / "out.jsonl"), topology.dp_rank, {"identity": {}}, "bench")
-
-        def run(watch: Watch) -> Metrics | None:
-            source = Workload(settings.workload, settings.arch.vocab_size, settings.longest)
-            return worker.run(source, Leader(None, Metrics(), outlet) if topology.is_leader else None, watch)
-
+            outlet.open(str(Path(folder) / "out.jsonl"), worker.topology.dp_rank, {"identity": {}}, "bench")
         yield run
 
 

@@ -33,14 +33,16 @@ def warm_up(worker: Worker) -> None:
 
 
 @contextmanager
-def ids(worker: Worker) -> Iterator[Run]:
-    """What answers the workload's ids."""
-    yield lambda watch: _answer_ids(worker, worker.settings.workload, watch)
+def ids(worker: Worker, outlet: Outlet | None = None) -> Iterator[Run]:
+    """What answers the workload's ids; through an `outlet` that is open, if one is given."""
+    yield lambda watch: _answer_ids(worker, worker.settings.workload, watch, outlet)
 
 
-def _answer_ids(worker: Worker, workload: WorkloadConfig, watch: Watch = unwatched) -> Metrics | None:
+def _answer_ids(
+    worker: Worker, workload: WorkloadConfig, watch: Watch = unwatched, outlet: Outlet | None = None
+) -> Metrics | None:
     source = Workload(workload, worker.settings.arch.vocab_size, worker.settings.longest)
-    leader = Leader(None, Metrics()) if worker.topology.is_leader else None
+    leader = Leader(None, Metrics(), outlet) if worker.topology.is_leader else None
     return worker.run(source, leader, watch)
 
 

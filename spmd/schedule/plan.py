@@ -4,6 +4,7 @@ Equal on all ranks of a replica, so no rank has to be told: the receiver of hidd
 own copy. Decode rows come first, then prompt chunks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spmd.schedule.request import Request
@@ -43,3 +44,23 @@ class Plan:
         self.starts.append(request.scheduled)
         self.counts.append(count)
         self.num_prompt_tokens += count
+
+    def finalise(self, row_counts: Sequence[int]) -> None:
+        """Decide the padding and who is sampled, once all are in.
+
+        `row_counts`: in ascending order, to how many rows a plan of decodes alone is padded.
+        """
+        self.padded_decodes = self.num_decodes
+        if self.num_decodes and not self.num_prompt_tokens:
+            self.padded_decodes = next(rows for rows in row_counts if rows >= self.num_decodes)
+        self.sampled = self.requests[: self.num_decodes]
+        self.sample_rows = list(range(self.num_decodes))
+        self.sample_positions = [start + 1 for start in self.starts[: self.num_decodes]]
+        row = self.padded_decodes
+        for index in range(self.num_decodes, len(self.requests)):
+            request = self.requests[index]
+            row += self.counts[index]
+            if self.starts[index] + self.counts[index] == request.num_tokens:
+                self.sampled.append(request)
+                self.sample_rows.append(row - 1)
+                self.sample_positions.append(request.num_tokens)

@@ -82,7 +82,8 @@ class Scheduler:
             self._plan_prompts(plan, admit)
             if not plan.requests:
                 self._plan_decodes(plan)
-        self._finalise(plan)
+        plan.cleared = self.pool.take_unclean()
+        plan.finalise(self._row_counts)
         self._ring.append(plan)
         return plan
 
@@ -250,24 +251,6 @@ class Scheduler:
             parent = self._hash(request, index - 1) if index else b""
             hashes.append(hash_block(parent, request.tokens(index * size, (index + 1) * size)))
         return hashes[at]
-
-    def _finalise(self, plan: Plan) -> None:
-        """Decide the padding and who is sampled."""
-        plan.cleared = self.pool.take_unclean()
-        plan.padded_decodes = plan.num_decodes
-        if plan.num_decodes and not plan.num_prompt_tokens:
-            plan.padded_decodes = next(rows for rows in self._row_counts if rows >= plan.num_decodes)
-        plan.sampled = plan.requests[: plan.num_decodes]
-        plan.sample_rows = list(range(plan.num_decodes))
-        plan.sample_positions = [start + 1 for start in plan.starts[: plan.num_decodes]]
-        row = plan.padded_decodes
-        for index in range(plan.num_decodes, len(plan.requests)):
-            request = plan.requests[index]
-            row += plan.counts[index]
-            if plan.starts[index] + plan.counts[index] == request.num_tokens:
-                plan.sampled.append(request)
-                plan.sample_rows.append(row - 1)
-                plan.sample_positions.append(request.num_tokens)
 
     def _register(self, request: Request) -> None:
         """Let others share the blocks that are full by now.
