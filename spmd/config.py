@@ -118,6 +118,12 @@ class SchedulerConfig:
         "Prompt tokens of a plan below which they aren't spread further. null: 512 on GPUs, else a block.",
         least=1,
     )
+    long_prefill_token_threshold: int | None = key(
+        None,
+        "Prompts of more tokens wait until few others are left, if they are 16 times as long as those usually are; at "
+        "most 64 rows do, and none with policy=priority. 0: none. null: max_num_batched_tokens.",
+        least=0,
+    )
     policy: str = key(
         "fcfs",
         "Who is admitted first: in the order of the input, or by the rows' priority (smaller is earlier), of the "

@@ -191,7 +191,7 @@ class Engine:
             self._commit(self.ring.popleft())
         self.replicas.listen()
         self._feed()
-        plan = scheduler.schedule(tick, self.replicas.admits(tick, scheduler.num_running, len(scheduler.waiting)))
+        plan = scheduler.schedule(tick, self.replicas.admits(tick, scheduler.num_running, scheduler.num_waiting))
         plan.digests = self.digests.plan(plan)
         shared_rows = self.replicas.report(self._load(plan))
         planned = perf_counter()
@@ -245,13 +245,13 @@ class Engine:
         tokens, self.reported = committed - self.reported, committed
         return Load(
             running=scheduler.num_running,
-            waiting=len(scheduler.waiting),
+            waiting=scheduler.num_waiting,
             free_blocks=scheduler.pool.num_free,
             prompt_tokens=plan.num_prompt_tokens,
             decode_rows=plan.num_decodes,
             rows=plan.num_rows,
             claimed=self.rows,
-            flags=EXHAUSTED if self.exhausted else 0,
+            flags=EXHAUSTED if self.exhausted and not scheduler.waiting.aside else 0,
             stop=self.stopped,
             passed=self.passed,
             tokens=tokens,

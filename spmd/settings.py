@@ -53,6 +53,7 @@ class SchedulerSettings(SchedulerConfig):
     lookahead: int
     prefill_spread: int
     prefill_min: int
+    long_prefill_token_threshold: int
     decode_buckets: list[int]  # all row counts that decode batches are padded to, largest first
 
 
@@ -179,12 +180,13 @@ def worked_out(settings: Settings) -> str:
 
 
 def _scheduler(s: SchedulerConfig, pp: int, rows: int, on_gpu: bool, backend: Name) -> SchedulerSettings:
-    buckets = s.decode_buckets
+    buckets, long_prompt = s.decode_buckets, s.long_prefill_token_threshold
     if buckets is None:
         buckets = _even_buckets(rows) if on_gpu else []
+    # On GPUs enough that a forward with prompts takes longer than its launches.
+    budget = s.max_num_batched_tokens or max(8192 if on_gpu else 2048, rows)
     values = {
-        # On GPUs enough that a forward with prompts takes longer than its launches.
-        "max_num_batched_tokens": s.max_num_batched_tokens or max(8192 if on_gpu else 2048, rows),
+        "max_num_batched_tokens": budget,
         "block_size": s.block_size or default_block_size(backend),
         # One where a GPU would wait for its host, or a first stage for the last one's packet.
         "lookahead": int(on_gpu or pp > 1) if s.lookahead is None else s.lookahead,
@@ -192,6 +194,8 @@ def _scheduler(s: SchedulerConfig, pp: int, rows: int, on_gpu: bool, backend: Na
         "prefill_spread": (4 * pp if pp > 1 else 0) if s.prefill_spread is None else s.prefill_spread,
         # A GPU launches a forward with prompts kernel by kernel: it must be worth that.
         "prefill_min": s.prefill_min or (512 if on_gpu else 1),
+        # A prompt that one plan can hold is no burden for long.
+        "long_prefill_token_threshold": budget if long_prompt is None else long_prompt,
         # A GPU gets a CUDA graph of each.
         "decode_buckets": sorted({rows, *buckets}, reverse=True),
     }

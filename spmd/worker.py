@@ -207,6 +207,7 @@ def build_scheduler(settings: Settings) -> Scheduler:
         prefill_batch=s.prefill_batch,
         prefill_spread=s.prefill_spread,
         prefill_min=s.prefill_min,
+        long_prompt=0 if s.policy == "priority" else s.long_prefill_token_threshold,
         by_priority=s.policy == "priority",
         decode_buckets=tuple(s.decode_buckets),
     )

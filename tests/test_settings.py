@@ -45,7 +45,9 @@ def test_defaults_of_a_backend_are_not_those_of_a_device() -> None:
 
 
 def test_what_was_asked_for_stays() -> None:
-    asked = SchedulerConfig(8, 99, 32, 7, lookahead=0, prefill_spread=3, prefill_min=5, decode_buckets=[2])
+    asked = SchedulerConfig(
+        8, 99, 32, 7, lookahead=0, prefill_spread=3, prefill_min=5, long_prefill_token_threshold=0, decode_buckets=[2]
+    )
     scheduler = settled(Config(scheduler=asked), EIGHT_B, "cuda").scheduler
     assert vars(scheduler) == vars(asked) | {"decode_buckets": [8, 2]}
 

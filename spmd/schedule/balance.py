@@ -13,7 +13,7 @@ from typing import NamedTuple
 from spmd.integers import ceil_div
 from spmd.schedule.digests import Diverged
 
-EXHAUSTED = 1  # flag: the list has no more rows
+EXHAUSTED = 1  # flag: the list has no more rows, and nobody stands aside
 RESERVE = 8  # seats to one row that waits for one
 
 
@@ -21,7 +21,7 @@ class Load(NamedTuple):
     """What a replica reports in a tick, once its plan is made; int32 each. All its ranks report the same."""
 
     running: int  # seated requests
-    waiting: int
+    waiting: int  # in the line for a seat
     free_blocks: int
     prompt_tokens: int  # of this tick's plan
     decode_rows: int  # of this tick's plan

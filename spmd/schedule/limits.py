@@ -27,5 +27,6 @@ class Limits:
     prefill_batch: int = 1
     prefill_spread: int = 0
     prefill_min: int = 1
+    long_prompt: int = 0  # tokens from which a prompt far longer than others lets them go first; 0: none does
     by_priority: bool = False
     decode_buckets: tuple[int, ...] = ()

@@ -92,6 +92,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # content hashes of full blocks behind those of the prompt alone
     num_registered: int = 0  # its first blocks that others may share
+    aside: bool = False  # its long prompt has let others go first
     retired: bool = False  # gets no more rows
     finished: bool = False  # its last token is committed; rows still in flight give it none
     spoilt: bool = False  # got NO_TOKEN; rows still in flight give it none

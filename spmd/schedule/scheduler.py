@@ -6,7 +6,7 @@ caching, preemption by recompute, and decode micro-batches that keep all slots o
 
 A request is in one of these places:
 
-    waiting     no seat, no blocks (new, or preempted)
+    waiting     no seat, no blocks (new, or preempted); `spmd.schedule.waiting` says who is next
     prefilling  seated; some of its prompt isn't planned yet, earlier chunks may be in flight
     in a slot   seated; in one of the last N plans (prompt chunks: several), its next token can't be computed yet
     ready       seated; its next token can be computed; least recently run first
@@ -26,7 +26,6 @@ are cleared as it takes them, and shared with nobody who came before. What it re
 NO_TOKEN again, that is its own doing, and the leader ends it.
 """
 
-from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 
@@ -35,6 +34,7 @@ from spmd.schedule.blocks import BlockPool, hash_block
 from spmd.schedule.limits import Counters, Limits
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import NO_TOKEN, Request
+from spmd.schedule.waiting import Waiting
 
 MOST_NEW_BLOCKS = 8192  # a plan that has so many for its block tables seats nobody else: a few ms of the host's time
 
@@ -44,10 +44,11 @@ class Scheduler:
         self.limits = limits
         self.pool = pool
         self.counters = Counters()
-        self.waiting: list[Request] = []  # by order of admission
-        self.prefilling: list[Request] = []  # likewise
+        self.waiting = Waiting(self._order, limits.long_prompt, limits.max_num_seqs)
+        self.prefilling: list[Request] = []  # by order of admission
         self.ready: deque[Request] = deque()
         self.num_decoding = 0  # seated requests whose whole prompt is planned, but for the retired
+        self.num_ordinary = 0  # seated requests that never stood aside
         self._ring: deque[Plan] = deque()  # the last N plans, oldest first
         self._free_seats = list(range(limits.max_num_seqs - 1, -1, -1))
         self._row_counts = sorted({*limits.decode_buckets, limits.decode_rows})
@@ -57,13 +58,21 @@ class Scheduler:
         return self.limits.max_num_seqs - len(self._free_seats)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests in the line for a seat. Long prompts that stand aside are none of them."""
+        return len(self._line())
+
+    @property
     def num_requests(self) -> int:
-        """Requests waiting or seated."""
-        return self.num_running + len(self.waiting)
+        """Requests in the line for a seat, or seated."""
+        return self.num_running + self.num_waiting
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the pool when alone (checked where rows are parsed)."""
-        insort(self.waiting, request, key=self._order)
+        self.waiting.come(request)
+
+    def _line(self) -> list[Request]:
+        return self.waiting.line(self.num_ordinary)
 
     # -- schedule ------------------------------------------------------------------------------------------------
 
@@ -174,7 +183,7 @@ class Scheduler:
             if request in self.ready:
                 self.ready.remove(request)
         self._unseat(request)
-        self.add(request)
+        self.waiting.add(request)
 
     def _plan_prompts(self, plan: Plan, admit: bool) -> None:
         """Chunks of seated prompts first, then of newly admitted ones, while budget, seats and blocks last."""
@@ -204,7 +213,7 @@ class Scheduler:
         """
         if not self.limits.prefill_spread or self.limits.exclusive:
             return self.limits.max_num_batched_tokens
-        seated = [*self.prefilling, *self.waiting[: len(self._free_seats) if admit else 0]]
+        seated = [*self.prefilling, *self._line()[: len(self._free_seats) if admit else 0]]
         pending = sum(request.num_tokens - request.scheduled for request in seated)
         size = self.pool.block_size
         share = max(self.limits.prefill_min, pending // self.limits.prefill_spread)
@@ -212,14 +221,15 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> Request | None:
         """Seat the first waiting request if all blocks of its prompt are to be had; it may not jump the queue."""
-        if not self.waiting or not self._free_seats or len(plan.new_blocks) >= MOST_NEW_BLOCKS:
+        if not (line := self._line()) or not self._free_seats or len(plan.new_blocks) >= MOST_NEW_BLOCKS:
             return None
-        request = self.waiting[0]
+        request = line[0]
         shared = self._known_prefix(request)
         needed = ceil_div(request.num_tokens, self.pool.block_size) - len(shared)
         if needed > self.pool.num_free - self.pool.num_idle(shared):
             return None
-        del self.waiting[0]
+        self.waiting.pop(line)
+        self.num_ordinary += not request.aside
         self.pool.share(shared)
         request.blocks = shared + [self.pool.pop(request.alone) for _ in range(needed)]
         request.seat = self._free_seats.pop()
@@ -310,12 +320,13 @@ class Scheduler:
         if not request.finished:
             request.spoilt = request.retired = False
             request.alone = True
-            self.add(request)
+            self.waiting.add(request)
 
     def _unseat(self, request: Request) -> None:
         assert request.in_flight == 0, "a request in flight keeps its blocks"
         self.pool.release(request.blocks, request.spoilt)
         self._free_seats.append(request.seat)
+        self.num_ordinary -= not request.aside
         request.blocks, request.seat, request.scheduled, request.num_registered = [], -1, 0, 0
 
     def _order(self, request: Request) -> tuple[int, int, int]:
@@ -327,9 +338,10 @@ class Scheduler:
         """Assert that every request is in one place and every block is accounted for, given the plans in flight."""
         flying = {id(r): r for plan in in_flight for r in plan.requests}
         seated = {id(r): r for r in [*flying.values(), *self.prefilling, *self.ready]}
+        waiting = list(self.waiting)
         for request in seated.values():
             assert request.in_flight == sum(request in plan.requests for plan in in_flight)
-            assert request.seat >= 0 and request not in self.waiting
+            assert request.seat >= 0 and request not in waiting
             assert len(request.blocks) * self.pool.block_size >= request.scheduled
             assert not request.retired or (request.in_flight and request not in self.ready)
             assert request.retired or not request.finished
@@ -337,6 +349,7 @@ class Scheduler:
         assert self.limits.lookahead or not any(request.in_flight for request in self.ready)
         assert not any(request.in_flight for request in self.ready if request.waits_for_token)
         assert len({r.seat for r in seated.values()}) == len(seated) == self.num_running
+        assert self.num_ordinary == sum(not request.aside for request in seated.values())
         retired = sum(request.retired for request in seated.values())
         assert self.num_decoding == self.num_running - len(self.prefilling) - retired
         self.pool.check([request.blocks for request in seated.values()])

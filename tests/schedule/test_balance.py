@@ -227,9 +227,11 @@ def test_the_same_number_of_exchanges_in_any_order(seed: int) -> None:
         exclusive=rng.random() < 0.3,
         prefill_spread=rng.choice([0, 4]),
         by_priority=each.by_priority,
+        long_prompt=rng.choice([0, 20]),
     )
     lengths = [rng.choice([1, 2, 7, 30, 100]) for _ in range(rng.choice([0, 1, 3, 40]))]
-    fleet = Fleet(each, rows_of(*lengths), limits).run(rng)
+    prompts = [rng.choice([5] * 9 + [200]) for _ in lengths]
+    fleet = Fleet(each, lambda: [*map(make_job, range(len(lengths)), prompts, lengths)], limits).run(rng)
     finished(fleet, len(lengths))
 
 

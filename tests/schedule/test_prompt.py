@@ -36,7 +36,7 @@ def test_a_prompt_is_hashed_once_for_all_its_choices(monkeypatch: pytest.MonkeyP
     scheduler = make_scheduler(caching=True)
     for request in choices(6, prompt):
         scheduler.add(request)
-    while scheduler.waiting:
+    while scheduler.num_waiting:
         scheduler.schedule(0)
     assert hashed == [[*prompt.tokens[start : start + 4]] for start in range(0, 20, 4)]
 
@@ -47,7 +47,7 @@ def test_choices_of_a_long_prompt_are_seated_a_bounded_number_of_blocks_a_tick(m
     for request in choices(6, Prompt(range(100, 122))):  # six blocks each, of which all but the last are shared
         scheduler.add(request)
     assert [len(scheduler.schedule(tick).new_blocks) for tick in range(3)] == [12, 12, 12]
-    assert not scheduler.waiting
+    assert not scheduler.num_waiting
 
 
 @pytest.mark.parametrize("caching", [True, False])

@@ -270,7 +270,7 @@ def test_without_admission_seated_prompts_and_decodes_go_on(exclusive: bool, pre
     gated.closed = True
     for _ in range(1, 9):
         assert simulation.tick().requests == [seated]
-    assert simulation.scheduler.waiting == [late] and len(seated.output) > 0
+    assert [*simulation.scheduler.waiting] == [late] and len(seated.output) > 0
     gated.closed = False
     assert sorted(request.index for request in simulation.run()) == [0, 1]
 
