@@ -137,6 +137,11 @@ class SchedulerConfig:
     decode_buckets: list[int] | None = key(
         None, "Smaller row counts to which decode batches may be padded. null: on GPUs 8, 16, 24, ..., else none."
     )
+    mixed_buckets: list[int] | None = key(
+        None,
+        "Row counts to which plans with prompts may be padded. null: on GPUs those whose kernels take less time than "
+        "their launches, by the size of a layer; such plans run as CUDA graphs.",
+    )
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,14 @@ from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, ke
 from spmd.config_checks import decode_rows
 from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.checkpoint import as_stored
-from spmd.model.cost import head_cost
+from spmd.model.cost import head_cost, layer_params
 from spmd.model.linear import computed_in
 from spmd.topology import Topology, split_layers
+
+# Rows of a batch with prompts times parameters of a layer up to which a GPU waits for its host: ten launches take that
+# some 0.5 ms, in which an H100 or H200 computes 3e14 operations, two for each row and parameter.
+LAUNCH_BOUND = 1.5e11
+MIN_MIXED_ROWS = 256  # of its CUDA graphs: with fewer a forward takes the device about as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class SchedulerSettings(SchedulerConfig):
     prefill_min: int
     long_prefill_token_threshold: int
     decode_buckets: list[int]  # all row counts that decode batches are padded to, largest first
+    mixed_buckets: list[int]  # those that plans with prompts are padded to, largest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,8 @@ def resolve(config: Config, arch: Architecture, device: torch.device) -> Setting
     backend = choose_backend(m.attention_backend, computed, config.scheduler.block_size, device)
     rows = decode_rows(config)
     scheduler = _scheduler(config.scheduler, t.pp, rows, device.type == "cuda", backend)
+    if config.scheduler.mixed_buckets is None and runs_mixed_graphs(config, computed, backend):
+        scheduler = replace(scheduler, mixed_buckets=_launch_bound(computed, scheduler.max_num_batched_tokens))
     generation_config = load_generation_config(m.path, m.revision)
     sampling = default_sampling(generation_config, config.sampling, arch.vocab_size)
     layers = split_layers(arch.num_layers, t.pp, t.layers, head_cost(computed, rows))
@@ -180,11 +188,13 @@ def worked_out(settings: Settings) -> str:
 
 
 def _scheduler(s: SchedulerConfig, pp: int, rows: int, on_gpu: bool, backend: Name) -> SchedulerSettings:
-    buckets, long_prompt = s.decode_buckets, s.long_prefill_token_threshold
+    buckets, mixed, long_prompt = s.decode_buckets, s.mixed_buckets or [], s.long_prefill_token_threshold
     if buckets is None:
         buckets = _even_buckets(rows) if on_gpu else []
     # On GPUs enough that a forward with prompts takes longer than its launches.
     budget = s.max_num_batched_tokens or max(8192 if on_gpu else 2048, rows)
+    if not all(1 <= bucket <= budget for bucket in mixed):
+        raise ValueError(f"scheduler.mixed_buckets={mixed} must lie between 1 and max_num_batched_tokens={budget}")
     values = {
         "max_num_batched_tokens": budget,
         "block_size": s.block_size or default_block_size(backend),
@@ -198,8 +208,22 @@ def _scheduler(s: SchedulerConfig, pp: int, rows: int, on_gpu: bool, backend: Na
         "long_prefill_token_threshold": budget if long_prompt is None else long_prompt,
         # A GPU gets a CUDA graph of each.
         "decode_buckets": sorted({rows, *buckets}, reverse=True),
+        "mixed_buckets": sorted(mixed, reverse=True),
     }
     return SchedulerSettings(**vars(s) | values)
+
+
+def runs_mixed_graphs(config: Config, arch: Architecture, backend: Name) -> bool:
+    """Whether plans with prompts can run as CUDA graphs. With experts or tensor ranks nobody has tried yet."""
+    return (
+        backend == "flashinfer" and not config.model.enforce_eager and config.topology.tp == 1 and not any(arch.sparse)
+    )
+
+
+def _launch_bound(arch: Architecture, most: int) -> list[int]:
+    """Row counts, largest first, of which a layer takes the device less time than its launches take the host."""
+    rows = min(most, int(LAUNCH_BOUND // layer_params(arch, 0)))
+    return [count for count in reversed(_even_buckets(rows + 1)) if count >= MIN_MIXED_ROWS]
 
 
 def _even_buckets(most: int) -> list[int]:

@@ -210,6 +210,7 @@ def build_scheduler(settings: Settings) -> Scheduler:
         long_prompt=0 if s.policy == "priority" else s.long_prefill_token_threshold,
         by_priority=s.policy == "priority",
         decode_buckets=tuple(s.decode_buckets),
+        mixed_buckets=tuple(s.mixed_buckets),
     )
     return Scheduler(limits, BlockPool(s.num_blocks, s.block_size, s.prefix_caching))
 

@@ -24,6 +24,24 @@ def test_row_counts_of_a_gpu() -> None:
     assert settled(config, EIGHT_B).scheduler.decode_buckets == [256]
 
 
+def test_plans_with_prompts_are_padded_for_graphs_where_launches_take_longer_than_kernels() -> None:
+    """A layer of Qwen3-8B has 193 million parameters, one of Qwen3-0.6B 16 million."""
+    small = read_architecture(str(CONF / "shapes" / "qwen3_06b"))
+    assert settled(Config(), EIGHT_B, "cuda").scheduler.mixed_buckets == [768, 640, 512, 448, 384, 320, 256]
+    counts = settled(Config(), small, "cuda").scheduler.mixed_buckets
+    assert (counts[0], counts[-1], len(counts)) == (8192, 256, 21)
+    without = [Config(model=ModelConfig(enforce_eager=True)), Config(topology=TopologyConfig(tp=2))]
+    experts = read_architecture(str(CONF / "shapes" / "qwen3_30b_a3b"))
+    cases = [(Config(), EIGHT_B, "cpu"), (Config(), experts, "cuda"), *((each, small, "cuda") for each in without)]
+    assert not any(settled(*case).scheduler.mixed_buckets for case in cases)
+
+
+def test_a_plan_can_be_padded_to_no_more_than_it_may_have() -> None:
+    asked = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, mixed_buckets=[32, 65])
+    with pytest.raises(ValueError, match=r"mixed_buckets=\[32, 65\] must lie between 1 and max_num_batched_tokens=64"):
+        settled(Config(scheduler=asked), EIGHT_B)
+
+
 @pytest.mark.parametrize(
     ("kind", "pp", "expected"),
     [
@@ -46,8 +64,9 @@ def test_defaults_of_a_backend_are_not_those_of_a_device() -> None:
 
 def test_what_was_asked_for_stays() -> None:
     asked = SchedulerConfig(
-        8, 99, 32, 7, lookahead=0, prefill_spread=3, prefill_min=5, long_prefill_token_threshold=0, decode_buckets=[2]
-    )
+        8, 99, 32, 7, lookahead=0, prefill_spread=3, prefill_min=5, long_prefill_token_threshold=0, decode_buckets=[2],
+        mixed_buckets=[7],
+    )  # fmt: skip
     scheduler = settled(Config(scheduler=asked), EIGHT_B, "cuda").scheduler
     assert vars(scheduler) == vars(asked) | {"decode_buckets": [8, 2]}
 

@@ -30,3 +30,4 @@ class Limits:
     long_prompt: int = 0  # tokens from which a prompt far longer than others lets them go first; 0: none does
     by_priority: bool = False
     decode_buckets: tuple[int, ...] = ()
+    mixed_buckets: tuple[int, ...] = ()

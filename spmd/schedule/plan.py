@@ -19,6 +19,7 @@ class Plan:
     num_decodes: int = 0  # the first requests, one token each
     padded_decodes: int = 0  # rows the decodes take in the forward, padding included
     num_prompt_tokens: int = 0
+    padding: int = 0  # rows behind the prompts
     sampled: list[Request] = field(default_factory=list)  # requests that get a token from this plan
     sample_rows: list[int] = field(default_factory=list)  # row of the forward that each of them is sampled from
     sample_positions: list[int] = field(default_factory=list)  # where each token will stand: tokens before it
@@ -29,7 +30,7 @@ class Plan:
     @property
     def num_rows(self) -> int:
         """Rows of the forward: tokens and padding; the first dimension of the hidden states."""
-        return self.padded_decodes + self.num_prompt_tokens
+        return self.padded_decodes + self.num_prompt_tokens + self.padding
 
     def add_decodes(self, requests: list[Request]) -> None:
         """Begin with the next token of each of these."""
@@ -45,13 +46,17 @@ class Plan:
         self.counts.append(count)
         self.num_prompt_tokens += count
 
-    def finalise(self, row_counts: Sequence[int]) -> None:
+    def finalise(self, row_counts: Sequence[int], mixed_counts: Sequence[int] = ()) -> None:
         """Decide the padding and who is sampled, once all are in.
 
-        `row_counts`: in ascending order, to how many rows a plan of decodes alone is padded.
+        Args:
+            row_counts: in ascending order, to how many rows a plan of decodes alone is padded.
+            mixed_counts: likewise, one with prompts; larger ones aren't.
         """
         self.padded_decodes = self.num_decodes
-        if self.num_decodes and not self.num_prompt_tokens:
+        if self.num_prompt_tokens:
+            self.padding = next((rows for rows in mixed_counts if rows >= self.num_rows), self.num_rows) - self.num_rows
+        elif self.num_decodes:
             self.padded_decodes = next(rows for rows in row_counts if rows >= self.num_decodes)
         self.sampled = self.requests[: self.num_decodes]
         self.sample_rows = list(range(self.num_decodes))

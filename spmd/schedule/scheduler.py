@@ -52,6 +52,7 @@ class Scheduler:
         self._ring: deque[Plan] = deque()  # the last N plans, oldest first
         self._free_seats = list(range(limits.max_num_seqs - 1, -1, -1))
         self._row_counts = sorted({*limits.decode_buckets, limits.decode_rows})
+        self._mixed_counts = sorted(limits.mixed_buckets)
 
     @property
     def num_running(self) -> int:
@@ -92,7 +93,7 @@ class Scheduler:
             if not plan.requests:
                 self._plan_decodes(plan)
         plan.cleared = self.pool.take_unclean()
-        plan.finalise(self._row_counts)
+        plan.finalise(self._row_counts, self._mixed_counts)
         self._ring.append(plan)
         return plan
 

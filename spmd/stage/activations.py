@@ -83,4 +83,9 @@ def _graph_elements(settings: Settings, fused: bool, last: bool) -> int:
     """What CUDA graphs keep: the widest point of the largest, and the logits of each."""
     buckets, tp = settings.scheduler.decode_buckets, settings.topology.tp
     local = settings.arch.padded_vocab_size(tp) // tp
-    return buckets[0] * _row_elements(settings, fused) + (sum(buckets) * local if last else 0)
+    kept = buckets[0] * _row_elements(settings, fused) + (sum(buckets) * local if last else 0)
+    if mixed := settings.scheduler.mixed_buckets:  # one pool, queries and what attention gives, and an output for all
+        arch, samples = settings.arch, settings.scheduler.max_num_seqs
+        kept += mixed[0] * (_row_elements(settings, fused) + 2 * arch.num_heads * arch.head_dim + 2 * arch.hidden_size)
+        kept += 2 * samples * local if last else 0
+    return kept

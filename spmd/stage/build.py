@@ -14,7 +14,7 @@ from spmd.parallel.hidden import HiddenChannel
 from spmd.parallel.peer_memory import symmetric_buffer
 from spmd.parallel.tensor import TensorParallel
 from spmd.sampling.sampler import Sampler
-from spmd.settings import Settings
+from spmd.settings import Settings, runs_mixed_graphs
 from spmd.stage.cuda_graphs import Forward
 from spmd.stage.inputs import InputBuilder
 from spmd.stage.stage import Stage
@@ -67,4 +67,6 @@ def build_stage(
         stage.warm_up(min(rows, longest))
     for decodes in buckets if backend.capturable else ():
         stage.forward.capture(decodes, inputs)
+    if s.mixed_buckets and runs_mixed_graphs(settings, arch, m.attention_backend):
+        stage.forward.capture_mixed(s.mixed_buckets, s.max_num_seqs, inputs)
     return stage

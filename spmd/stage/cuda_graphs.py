@@ -1,9 +1,11 @@
 """One stage's forward of any batch: by CUDA graph where one was captured for it, else kernel by kernel.
 
-A graph replays one forward's kernels with one launch, at fixed addresses and shapes, which is why decode batches are
-padded to few row counts. Prompt chunks have any shape and enough work to hide their launches.
+A graph replays one forward's kernels with one launch, at fixed addresses and shapes, which is why batches are padded
+to few row counts. Those of decodes are whole graphs, those with prompts go in pieces
+(`spmd.backend.cuda.mixed_graph`), as far as they have too little work to hide their launches.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from spmd.model.batch import Batch
 from spmd.model.decoder import Decoder
 from spmd.stage.inputs import InputBuilder
 
+Mixed = Callable[[Tensor, Batch], Tensor]
+
 
 class Forward:
     """`decoder` with the backend that takes any batch."""
@@ -22,11 +26,24 @@ class Forward:
         self.decoder = decoder
         self.backend = backend
         self.graphs: dict[int, DecodeGraph] = {}
+        self.mixed: Mixed | None = None
+        self.mixed_rows: Sequence[int] = ()  # of batches with prompts that `mixed` takes
 
     def capture(self, rows: int, inputs: InputBuilder) -> None:
         """Capture decode batches of `rows` rows, padding included. Largest first: smaller ones share its memory."""
         pool = next((graph.graph.pool() for graph in self.graphs.values()), None)
         self.graphs[rows] = DecodeGraph(self.decoder, self.backend, inputs, rows, pool)
+
+    def capture_mixed(self, buckets: Sequence[int], samples: int, inputs: InputBuilder) -> None:
+        """Capture batches with prompts of so many rows each, largest first, of which at most `samples` are sampled."""
+        from spmd.backend.cuda.backend import CudaBackend
+        from spmd.backend.cuda.mixed_graph import MixedGraphs
+
+        assert isinstance(self.backend, CudaBackend)
+        graphs = MixedGraphs(self.decoder, self.backend, buckets[0], samples)
+        for rows in buckets:
+            graphs.capture(*inputs.padding(0, rows))
+        self.mixed, self.mixed_rows = graphs, buckets
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """See `Decoder.forward`. Logits last until the next call."""
@@ -35,6 +52,8 @@ class Forward:
         if graph:
             return graph(x)
         self.backend.prepare(batch)
+        if self.mixed and batch.prefills and len(batch.positions) in self.mixed_rows:
+            return self.mixed(x, batch)
         output: Tensor = self.decoder(x, batch, self.backend)
         return output
 

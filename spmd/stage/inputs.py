@@ -54,6 +54,8 @@ class InputBuilder:
             tokens += request.tokens(start, start + count)
             positions += range(start, start + count)
             seats += [request.seat] * count
+        behind = [0] * plan.padding
+        tokens, positions, seats = tokens + behind, positions + behind, seats + [self.padding_seat] * plan.padding
         ids, position, seat = self._upload(tokens + positions + seats).view(3, -1)
         if latest is not None and rows:
             torch.index_select(latest, 0, seat[:rows], out=ids[:rows])

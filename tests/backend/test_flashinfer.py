@@ -32,15 +32,18 @@ NUM_BLOCKS = 64
 TOLERANCE = 0.02  # of the norm; rounding to bfloat16 makes 0.011 to 0.013, a window one token too wide over 0.04
 KINDS = {"prompts", "mixed", "decodes", "padded decodes"}
 
-BACKENDS = {  # model.attention_backend, model.enforce_eager
-    "torch": ("torch", True),
-    "torch_graphs": ("torch", False),
-    "flashinfer": ("flashinfer", True),
-    "flashinfer_graphs": ("flashinfer", False),
+BACKENDS: dict[str, tuple[str, bool, list[int]]] = {  # attention_backend, enforce_eager, mixed_buckets
+    "torch": ("torch", True, []),
+    "torch_padded": ("torch", True, [8, 64]),
+    "torch_graphs": ("torch", False, []),
+    "flashinfer": ("flashinfer", True, []),
+    "flashinfer_padded": ("flashinfer", True, [8, 64]),
+    "flashinfer_graphs": ("flashinfer", False, []),
+    "flashinfer_mixed_graphs": ("flashinfer", False, [8, 48, 96]),
 }
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")]
 everywhere = pytest.mark.parametrize(
-    "backend", [name if name == "torch" else pytest.param(name, marks=gpu) for name in BACKENDS]
+    "backend", [name if name in ("torch", "torch_padded") else pytest.param(name, marks=gpu) for name in BACKENDS]
 )
 
 
@@ -78,11 +81,16 @@ def decoders(arch: Architecture) -> tuple[Decoder, Decoder]:
 
 
 def configured(backend: str, block_size: int) -> Config:
-    attention_backend, enforce_eager = BACKENDS[backend]
+    attention_backend, enforce_eager, mixed_buckets = BACKENDS[backend]
     return Config(
         model=ModelConfig(attention_backend=attention_backend, enforce_eager=enforce_eager),
         scheduler=SchedulerConfig(
-            max_num_seqs=6, max_num_batched_tokens=96, block_size=block_size, decode_buckets=[4], lookahead=0
+            max_num_seqs=6,
+            max_num_batched_tokens=96,
+            block_size=block_size,
+            decode_buckets=[4],
+            lookahead=0,
+            mixed_buckets=mixed_buckets,
         ),
     )
 
@@ -96,6 +104,7 @@ def run(decoder: Decoder, backend: str, block_size: int, alone: bool = False) ->
     settings = settled(config, decoder.arch, DEVICE.type, NUM_BLOCKS)
     stage = build_stage(settings, decoder, Topology(), Groups(), DEVICE)
     assert sorted(stage.forward.graphs) == ([] if config.model.enforce_eager else [4, 6])
+    assert sorted(stage.forward.mixed_rows) == (BACKENDS[backend][2] if backend.endswith("mixed_graphs") else [])
     scheduler = build_scheduler(settings)
     for index, (prompt_len, max_tokens) in enumerate(LENGTHS):
         prompt = [token_at(index, position) for position in range(prompt_len)]
@@ -171,6 +180,14 @@ def test_logits_of_wide_batches(backend: str, monkeypatch: pytest.MonkeyPatch) -
     """Those that count as wide from the first row on."""
     monkeypatch.setattr("spmd.backend.cuda.flashinfer.MIN_WIDE_ROWS_TIMES_HEADS", 1)
     compare(shape(128, None, True), backend, block_size=64)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("flashinfer_mixed_graphs", marks=gpu)])
+def test_mixed_graphs_give_the_logits_of_the_same_padding_without_graphs(backend: str) -> None:
+    narrow, _ = decoders(shape(128, 24, True))
+    by_graphs, one_by_one = by_kind(run(narrow, backend, 64)), by_kind(run(narrow, "flashinfer_padded", 64))
+    for what in ("prompts", "mixed"):
+        torch.testing.assert_close(by_graphs[what], one_by_one[what], rtol=0.02, atol=0.02)
 
 
 @everywhere

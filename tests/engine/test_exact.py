@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "preempting_uncached": {"num_blocks": TINY_POOL, "prefix_caching": False, "prefill": "exclusive"},
     "uncapped": {"decode_cap": False},
     "buckets": {"decode_buckets": [1], "max_num_seqs": 12},
+    "mixed_buckets": {"mixed_buckets": [4, 16, 64], "max_num_batched_tokens": 64, "lookahead": 1},
     "priority": {"policy": "priority", "async_depth": 1},
     "spread": {"prefill_spread": 3},
     "blocks_of_one": {"block_size": 1},

@@ -1,12 +1,13 @@
 """The backend for NVIDIA GPUs: attention by FlashInfer, products by cuBLAS or ours, and our kernels between them."""
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from spmd.backend.cuda import exchange_kernels, layer_kernels
 from spmd.backend.cuda.decode_gemm import DecodeGemm
 from spmd.backend.cuda.expert_kernels import experts
-from spmd.backend.cuda.flashinfer import FlashInferAttention
 from spmd.backend.cuda.limits import capturable, runs_experts
 from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.experts import PlainExperts
@@ -17,11 +18,23 @@ from spmd.model.linear import Dense, Weight
 from spmd.model.rope import Rotary
 
 
+class Attention(Protocol):
+    """Of the rows of a batch to the cache: FlashInfer's, or what holds its place while graphs are captured."""
+
+    heads: int  # this rank's query heads
+
+    def prepare(self, batch: Batch) -> None: ...
+
+    def begin(self, batch: Batch) -> None: ...
+
+    def __call__(self, layer: int, queries: Tensor, window: int | None, output: Tensor | None = None) -> Tensor: ...
+
+
 class CudaBackend:
     """See `spmd.model.backend.Backend`."""
 
     def __init__(
-        self, arch: Architecture, cache: KVCache, attention: FlashInferAttention, decode_gemm: DecodeGemm | None
+        self, arch: Architecture, cache: KVCache, attention: Attention, decode_gemm: DecodeGemm | None
     ) -> None:
         """`decode_gemm` does the products of decode batches, where it can."""
         self.cache = cache

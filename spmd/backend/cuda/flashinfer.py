@@ -76,19 +76,23 @@ class FlashInferAttention:
         """What all layers' decodes share, on the device."""
         rows = batch.num_decodes
         self.batch = batch
+        self.end = rows + sum(span.count for span in batch.prefills)  # padding stands behind it
         if rows in self.wide:
             self.wide[rows].fill(batch)
         self.decode_tables = batch.tables[batch.seats[:rows]]
         self.decode_lens = (batch.positions[:rows] + 1).to(torch.uint32)
 
-    def __call__(self, layer: int, queries: Tensor, window: int | None) -> Tensor:
-        """Queries `[T, heads, head_dim]` to `[T, heads * head_dim]`."""
+    def __call__(self, layer: int, queries: Tensor, window: int | None, output: Tensor | None = None) -> Tensor:
+        """Queries `[T, heads, head_dim]` to `[T, heads * head_dim]`.
+
+        `output`: where to put it, as queries are; rows behind those of the batch stay as they are.
+        """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        output, rows = torch.empty_like(queries), self.batch.num_decodes
+        output, rows = torch.empty_like(queries) if output is None else output, self.batch.num_decodes
         if rows:
             self._decode(queries[:rows], keys, values, window, output[:rows])
         if self.batch.prefills:
-            self.prefill[window].run(queries[rows:], (keys, values), out=output[rows:])
+            self.prefill[window].run(queries[rows : self.end], (keys, values), out=output[rows : self.end])
         return output.flatten(1)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None, output: Tensor) -> None:
