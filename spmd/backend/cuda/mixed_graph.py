@@ -101,6 +101,7 @@ class MixedGraphs:
         if self.sample_rows is not None and batch.sample_rows is not None:
             sampled = len(batch.sample_rows)
             self.sample_rows[:sampled].copy_(batch.sample_rows)
+            self.sample_rows[sampled:].zero_()  # what an earlier batch left there may lie behind this one's rows
         queries, attended = self.cut.queries[:rows], self.cut.attended[:rows]
         attended[batch.num_decodes + sum(span.count for span in batch.prefills) :].zero_()
         self.attention.begin(batch)
