@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmd.backend.cuda.sampler import ASKED, CudaSampler, Packing, pack_params, supported
+from spmd.backend.cuda.sampler import (
+    ASKED,
+    Biases,
+    CudaSampler,
+    Packing,
+    pack_biases,
+    pack_params,
+    pack_rows,
+    supported,
+)
 from spmd.sampling.sampler import Sampled, Sampler
 from spmd.schedule.request import NO_TOKEN, Request, SamplingParams, token_logprobs
 from tests.support.sampling import VARIED, here, logits, request
@@ -18,6 +27,12 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 hopper = pytest.mark.skipif(not supported(torch.bfloat16, DEVICE), reason="needs a Hopper GPU")
 ENDS: dict[str, Any] = {"min_tokens": 5, "eos_token_ids": (7, 20), "stop_token_ids": (3, 2_000_000)}
 SETS = 200
+
+
+def pack(made: list[Request], positions: list[int]) -> tuple[Any, Biases]:
+    packed = Packing(50).find(made)
+    rows = pack_rows(packed, made, positions)
+    return rows, pack_biases(rows, packed, made, positions)
 
 
 def test_parameters_are_packed_as_the_kernel_takes_them() -> None:
@@ -37,18 +52,18 @@ def test_biases_lie_row_after_row_with_what_min_tokens_forbids_as_long_as_it_doe
         request(),
         request(logit_bias=((9, 4.0),), **ENDS),
     ]
-    rows, (tokens, values) = Packing(50).pack(made, [3, 3, 7])
-    assert list(zip(rows["bias"].tolist(), rows["bias_end"].tolist(), strict=True)) == [(0, 2), (2, 2), (2, 6)]
+    rows, (tokens, values) = pack(made, [3, 3, 7])
+    assert list(zip(rows["bias"].tolist(), rows["bias_end"].tolist(), strict=True)) == [(0, 2), (0, 0), (2, 6)]
     assert tokens.tolist() == [2, 9, 3, 7, 9, 20]
     assert values.tolist() == [1.5, -3.0, -math.inf, -math.inf, 4.0, -math.inf]
-    rows, (tokens, _) = Packing(50).pack(made, [3, 3, 8])
-    assert rows["bias_end"].tolist() == [2, 2, 3] and tokens.tolist() == [2, 9, 9]
+    rows, (tokens, _) = pack(made, [3, 3, 8])
+    assert rows["bias_end"].tolist() == [2, 0, 3] and tokens.tolist() == [2, 9, 9]
     assert rows["counts"].tolist() == rows["logprobs"].tolist() == [-1] * 3
 
 
 def test_seeds_of_64_bits_and_positions_are_each_rows_own() -> None:
     made = [request(stream=stream) for stream in (2**64 - 1, 0, 2**63)]
-    rows, _ = Packing(50).pack(made, [3, 4, 5])
+    rows, _ = pack(made, [3, 4, 5])
     assert rows["stream"].tolist() == [2**64 - 1, 0, 2**63]
     assert rows["position"].tolist() == [3, 4, 5]
 
@@ -57,8 +72,8 @@ def test_parameters_of_ever_new_requests_are_not_kept_for_ever(monkeypatch: pyte
     monkeypatch.setattr("spmd.backend.cuda.sampler.MAX_KNOWN", 8)
     packing = Packing(50)
     for top_k in range(1, 40):
-        rows, _ = packing.pack([request(top_k=top_k), request(top_k=1)], [3, 3])
-        assert rows["asked"]["top_k"].tolist() == [top_k, 1]
+        packed = packing.find([request(top_k=top_k), request(top_k=1)])
+        assert [np.frombuffer(p.asked, ASKED)[0]["top_k"] for p in packed] == [top_k, 1]
         assert len(packing.known) <= 8
 
 

@@ -7,7 +7,9 @@ share of a row is to look up what its request asked for, and its seed and positi
 import ctypes
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -53,14 +55,18 @@ ROW = np.dtype(  # all of `Row`
     ]
 )
 Biases = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # token ids, ascending, and what is added to each
+NO_BIASES: Biases = np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Sampling parameters as the kernel takes them."""
+    """Sampling parameters as the kernel takes them, and what the host needs to know of them in every tick."""
 
     params: SamplingParams  # keeps `id(params)` from being given to others
     asked: bytes  # one of ASKED
+    penalised: bool
+    logprobs: bool
+    biased: bool  # by logit_bias or, for a while, by min_tokens
     bias: Biases
     bias_held_open: Biases  # with what min_tokens forbids
 
@@ -82,20 +88,29 @@ class CudaSampler:
         self.device = device
         self.counts = TokenCounts(vocab_size, device)
         self.packing = Packing(vocab_size)
-        torch.cuda.synchronize(device)  # there must be torch's context before the kernel is loaded
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.kernel = load(compile_source(source(dtype), architecture(device), WHAT), "sample", 0, WHAT)
+        # It takes a few seconds, in which other kernels are compiled and graphs captured.
+        compiler = ThreadPoolExecutor(1)
+        self._compiled = compiler.submit(compile_source, source(dtype), architecture(device), WHAT)
+        compiler.shutdown(wait=False)
+
+    @cached_property
+    def kernel(self) -> Any:
+        """The kernel on the device; the first to ask waits for the compiler."""
+        return load(self._compiled.result(), "sample", 0, WHAT)
 
     @torch.no_grad()
     def sample(self, logits: Tensor, requests: Sequence[Request], positions: Sequence[int]) -> Sampled:
         """Choose the token at `positions[i]` of `requests[i]` from `logits[i]`: see `Sampler.sample`."""
         if plain_greedy(requests, positions):
             return Sampled(likeliest(logits))
-        penalised = [i for i, r in enumerate(requests) if r.params.penalised]
-        asked = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        rows, biases = self.packing.pack(requests, positions)
-        rows["counts"][penalised] = self.counts.places([requests[i] for i in penalised])
-        rows["logprobs"][asked] = range(len(asked))
+        packed = self.packing.find(requests)
+        rows = pack_rows(packed, requests, positions)
+        if penalised := [i for i, p in enumerate(packed) if p.penalised]:
+            rows["counts"][penalised] = self.counts.places([requests[i] for i in penalised])
+        if asked := [i for i, p in enumerate(packed) if p.logprobs]:
+            rows["logprobs"][asked] = range(len(asked))
+        biases = pack_biases(rows, packed, requests, positions)
         token_ids = torch.empty(len(requests), dtype=torch.int64, device=self.device)
         logprobs = torch.empty(len(asked), 4, dtype=torch.float64, device=self.device)
         self._launch(logits, rows, biases, token_ids, logprobs)
@@ -149,28 +164,14 @@ def source(dtype: torch.dtype) -> str:
 
 
 class Packing:
-    """Rows as the kernel takes them. Parameters, which requests share, are packed when they are first seen."""
+    """Parameters as the kernel takes them. Those of requests that ask for the same are one object, packed once."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.known: dict[int, Packed] = {}
 
-    def pack(self, requests: Sequence[Request], positions: Sequence[int]) -> tuple[npt.NDArray[np.void], Biases]:
-        """One of ROW for each request, without counts and logprobs, and the biases of all of them."""
-        packed = [self.known.get(id(r.params)) or self._enter(r.params) for r in requests]
-        rows: npt.NDArray[np.void] = np.zeros(len(requests), ROW)
-        rows["asked"] = np.frombuffer(b"".join([p.asked for p in packed]), ASKED)
-        rows["stream"] = np.array([r.stream for r in requests], np.uint64)
-        rows["position"] = positions
-        rows["counts"] = rows["logprobs"] = -1
-        biases = [
-            p.bias_held_open if held_open(request, position) else p.bias
-            for p, request, position in zip(packed, requests, positions, strict=True)
-        ]
-        rows["bias_end"] = np.cumsum([len(tokens) for tokens, _ in biases])
-        rows["bias"][1:] = rows["bias_end"][:-1]
-        tokens, values = zip(*biases, strict=True)
-        return rows, (np.concatenate(tokens), np.concatenate(values))
+    def find(self, requests: Sequence[Request]) -> list[Packed]:
+        return [self.known.get(id(r.params)) or self._enter(r.params) for r in requests]
 
     def _enter(self, params: SamplingParams) -> Packed:
         if len(self.known) == MAX_KNOWN:
@@ -190,10 +191,43 @@ def pack_params(params: SamplingParams, vocab_size: int) -> Packed:
     asked["presence"] = params.presence_penalty
     asked["top_k"] = params.top_k if 0 < params.top_k < vocab_size else vocab_size
     ends = [token for token in (*params.eos_token_ids, *params.stop_token_ids) if 0 <= token < vocab_size]
-    forbidden = [(token, -math.inf) for token in ends]
-    held = sorted([*params.logit_bias, *forbidden]) if params.min_tokens else params.logit_bias
-    return Packed(params, asked.tobytes(), _biases(params.logit_bias), _biases(held))
+    held = sorted(
+        [*params.logit_bias, *((token, -math.inf) for token in ends)] if params.min_tokens else params.logit_bias
+    )
+    return Packed(
+        params=params,
+        asked=asked.tobytes(),
+        penalised=params.penalised,
+        logprobs=params.logprobs is not None,
+        biased=bool(held),
+        bias=_biases(params.logit_bias),
+        bias_held_open=_biases(held),
+    )
 
 
 def _biases(entries: Sequence[tuple[int, float]]) -> Biases:
     return np.array([token for token, _ in entries], np.int32), np.array([bias for _, bias in entries], np.float32)
+
+
+def pack_rows(packed: Sequence[Packed], requests: Sequence[Request], positions: Sequence[int]) -> npt.NDArray[np.void]:
+    """One of ROW for each request, as of one without penalties, logprobs and biases."""
+    rows: npt.NDArray[np.void] = np.zeros(len(requests), ROW)
+    rows["asked"] = np.frombuffer(b"".join([p.asked for p in packed]), ASKED)
+    rows["stream"] = np.array([request.stream for request in requests], np.uint64)
+    rows["position"] = positions
+    rows["counts"] = rows["logprobs"] = -1
+    return rows
+
+
+def pack_biases(
+    rows: npt.NDArray[np.void], packed: Sequence[Packed], requests: Sequence[Request], positions: Sequence[int]
+) -> Biases:
+    """Biases of all rows, one row's after the other's; `rows` are told where theirs begin and end."""
+    tokens, values, end = [NO_BIASES[0]], [NO_BIASES[1]], 0
+    for i in [i for i, p in enumerate(packed) if p.biased]:
+        own = packed[i].bias_held_open if held_open(requests[i], positions[i]) else packed[i].bias
+        rows["bias"][i], end = end, end + len(own[0])
+        rows["bias_end"][i] = end
+        tokens.append(own[0])
+        values.append(own[1])
+    return np.concatenate(tokens), np.concatenate(values)
