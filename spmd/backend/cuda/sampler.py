@@ -223,11 +223,11 @@ def pack_biases(
     rows: npt.NDArray[np.void], packed: Sequence[Packed], requests: Sequence[Request], positions: Sequence[int]
 ) -> Biases:
     """Biases of all rows, one row's after the other's; `rows` are told where theirs begin and end."""
-    tokens, values, end = [NO_BIASES[0]], [NO_BIASES[1]], 0
-    for i in [i for i, p in enumerate(packed) if p.biased]:
-        own = packed[i].bias_held_open if held_open(requests[i], positions[i]) else packed[i].bias
-        rows["bias"][i], end = end, end + len(own[0])
-        rows["bias_end"][i] = end
-        tokens.append(own[0])
-        values.append(own[1])
-    return np.concatenate(tokens), np.concatenate(values)
+    biased = [i for i, p in enumerate(packed) if p.biased]
+    if not biased:
+        return NO_BIASES
+    own = [packed[i].bias_held_open if held_open(requests[i], positions[i]) else packed[i].bias for i in biased]
+    lengths = np.array([len(tokens) for tokens, _ in own], np.int32)
+    ends = lengths.cumsum()
+    rows["bias"][biased], rows["bias_end"][biased] = ends - lengths, ends
+    return np.concatenate([tokens for tokens, _ in own]), np.concatenate([values for _, values in own])
