@@ -64,7 +64,10 @@ class Sampled:
 
 
 class Sampler:
-    """Samples for one replica. Its only state is the token counts of running requests with penalties."""
+    """Samples for one replica, in plain PyTorch. On GPUs `spmd.backend.cuda.sampler` takes its place, with its tokens.
+
+    Its only state is the token counts of running requests with penalties.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size

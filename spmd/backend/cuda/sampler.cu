@@ -388,6 +388,7 @@ __device__ double uniform(u64 stream, int position) {  // number `position` of S
   return (double)((z ^ z >> 31) >> 11) * (1.0 / 9007199254740992.0);
 }
 
+// In [0, total): the number drawn is at most 1 - 2^-53 and the total below 2^53, so rounding doesn't reach it.
 __device__ u64 target(const Row& row, u64 total) {
   return (u64)(long long)(uniform(row.stream, row.position) * (double)total);
 }
@@ -472,7 +473,6 @@ __device__ __noinline__ int draw_of_many(Work w, float cut, bool alone) {
   each<false>(w, [&](int, float x) { mine += kept_weight(w, x, cut); });
   for (int d = 16; d; d /= 2) mine += __shfl_xor_sync(ALL, mine, d);
   if (lane() == 0) w.shared.partial[warp()] = mine;
-  if (threadIdx.x == 0) w.shared.token = w.vocab - 1;  // where rounding puts the target beyond the sum
   together(w.parts);
   for (int p = 0; p < w.parts; p++) {
     const u64 slice = of(w.shared.partial, w.parts, p)[lane()], with = up_to_lane(slice);
