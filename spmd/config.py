@@ -191,7 +191,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class WorkloadConfig:
-    """A synthetic workload for `spmd.bench`: greedy rows, uniform lengths from inclusive ranges."""
+    """A synthetic workload for `spmd.bench`: lengths from inclusive ranges; greedy without sampling.temperature."""
 
     name: str = key("cpu", "What the figures call it.")
     num_prompts: int = key(64, "Rows.", least=1)

@@ -152,7 +152,8 @@ def resolve(config: Config, arch: Architecture, device: torch.device) -> Setting
         scheduler = replace(scheduler, mixed_buckets=_launch_bound(computed, scheduler.max_num_batched_tokens))
     generation_config = load_generation_config(m.path, m.revision)
     sampling = default_sampling(generation_config, config.sampling, arch.vocab_size)
-    layers = split_layers(arch.num_layers, t.pp, t.layers, head_cost(computed, rows))
+    drawn = sampling["temperature"] > 0  # by rows that don't say
+    layers = split_layers(arch.num_layers, t.pp, t.layers, head_cost(computed, rows, drawn))
     model = vars(m) | {
         "dtype": _name(computed.dtype),
         "max_model_len": m.max_model_len or arch.max_position_embeddings,

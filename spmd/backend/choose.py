@@ -7,6 +7,8 @@ import torch
 
 from spmd.backend.cuda.decode_gemm import DecodeGemm, supported
 from spmd.backend.cuda.limits import capturable, runs_experts, why_not
+from spmd.backend.cuda.sampler import CudaSampler
+from spmd.backend.cuda.sampler import supported as supported_sampler
 from spmd.backend.kv_cache import KVCache
 from spmd.backend.plain.backend import PlainBackend
 from spmd.integers import ceil_div
@@ -16,6 +18,7 @@ from spmd.model.decoder import Decoder
 from spmd.model.layers import ColumnLinear, GatedLinear, RowLinear
 from spmd.model.linear import Dense
 from spmd.parallel.peer_memory import PeerMemory, share, size_of, within_reach
+from spmd.sampling.sampler import Sampler
 
 Name = Literal["flashinfer", "torch"]
 
@@ -68,6 +71,13 @@ def make_backend(
     windows, most_blocks = {arch.windows[layer] for layer in layers}, ceil_div(longest, cache.block_size)
     attention = FlashInferAttention(cache, arch.num_heads // tp, windows, buckets, most_blocks)
     return CudaBackend(arch, cache, attention, gemm)
+
+
+def make_sampler(arch: Architecture, device: torch.device) -> Sampler | CudaSampler:
+    """What chooses tokens on a leader: our kernel where there is a GPU for it, else plain PyTorch; equal tokens."""
+    if supported_sampler(arch.dtype, device):
+        return CudaSampler(arch.vocab_size, arch.dtype, device)
+    return Sampler(arch.vocab_size, device)
 
 
 def _shapes(decoder: Decoder) -> list[tuple[int, int, bool]]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from spmd.api.sampling_keys import sampling_params
 from spmd.api.tokenizer import load_tokenizer
 from spmd.bench.text import write_rows
 from spmd.bench.workload import Workload
@@ -16,6 +17,7 @@ from spmd.processes.outlet import Outlet
 from spmd.report.metrics import Metrics
 from spmd.run_files import RunFiles
 from spmd.runtime.agreement import from_rank_0, together
+from spmd.schedule.request import SamplingParams
 from spmd.settings import Settings
 from spmd.worker import Worker
 
@@ -41,9 +43,18 @@ def ids(worker: Worker, outlet: Outlet | None = None) -> Iterator[Run]:
 def _answer_ids(
     worker: Worker, workload: WorkloadConfig, watch: Watch = unwatched, outlet: Outlet | None = None
 ) -> Metrics | None:
-    source = Workload(workload, worker.settings.arch.vocab_size, worker.settings.longest)
+    settings = worker.settings
+    source = Workload(workload, settings.arch.vocab_size, settings.longest, sampling_of_rows(settings))
     leader = Leader(None, Metrics(), outlet) if worker.topology.is_leader else None
     return worker.run(source, leader, watch)
+
+
+def sampling_of_rows(settings: Settings) -> SamplingParams:
+    """What rows of ids ask for: greedy; with sampling.temperature all of `sampling`, but for what ends a row early."""
+    if settings.asked.sampling.temperature is None:
+        return SamplingParams(temperature=0.0, ignore_eos=True)
+    values = {**settings.default_sampling, "ignore_eos": True, "stop": (), "stop_token_ids": ()}
+    return sampling_params(values, settings.model.max_model_len, ())
 
 
 @contextmanager

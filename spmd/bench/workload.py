@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 from spmd.api.endpoints import COMPLETIONS
@@ -35,12 +36,12 @@ def lengths(workload: WorkloadConfig, vocab_size: int) -> list[tuple[int, int]]:
 
 
 class Workload:
-    """The greedy, fixed-length rows as a `Source`."""
+    """The rows, of fixed lengths, as a `Source`."""
 
     waited = 0.0
 
-    def __init__(self, workload: WorkloadConfig, vocab_size: int, longest: int) -> None:
-        """A request can have `longest` tokens.
+    def __init__(self, workload: WorkloadConfig, vocab_size: int, longest: int, params: SamplingParams) -> None:
+        """A request can have `longest` tokens. All ask for `params`, but each for as many tokens as its row has.
 
         Raises:
             ValueError: a row may have more.
@@ -53,6 +54,7 @@ class Workload:
                 f"a request can have {longest} (model.max_model_len, scheduler.num_blocks)"
             )
         self._prompts = iter(list(prompts(w, vocab_size)))  # drawing them is not what is measured
+        self._params = params
         self._numbers = count()
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
@@ -62,5 +64,5 @@ class Workload:
         if not own:
             return SKIPPED
         tokens, output = drawn
-        params, prompt = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True), Prompt(tokens)
-        return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, prompt, params)], [prompt])
+        params, prompt = replace(self._params, max_tokens=output), Prompt(tokens)
+        return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, prompt, params, stream=index)], [prompt])

@@ -17,6 +17,7 @@ from spmd.model.moe import Experts
 from spmd.parallel.experts import ExpertParallel
 from spmd.parallel.tensor import TensorParallel
 
+SAMPLING_READS = 8  # reads of the logits that take as long as drawing takes longer than an argmax (one H200: 3 to 14)
 CONTEXT = 1024  # tokens a row is taken to have where layers are weighed against the head
 
 
@@ -64,8 +65,8 @@ def seen(window: int | None, tokens: int) -> int:
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
-def head_cost(arch: Architecture, rows: int) -> float:
-    """What the head costs in a decode tick of `rows` rows, in layers.
+def head_cost(arch: Architecture, rows: int, drawn: bool = False) -> float:
+    """What the head costs in a decode tick of `rows` rows, in layers; also their sampling, where tokens are `drawn`.
 
     A decode tick takes as long as reading its bytes takes: weights, and the KV cache of each row. Its products are too
     small to count, and the head keeps no cache. So what weighs a head against a layer is vocabulary and hidden size
@@ -75,4 +76,6 @@ def head_cost(arch: Architecture, rows: int) -> float:
     weights = mean(layer_bytes(arch, layer, experts) for layer in layers)
     reach = [CONTEXT if window is None else min(CONTEXT, window) for window in arch.windows]
     context = mean(reach[layer] * arch.cache_spec(layer).token_bytes for layer in layers)
-    return head_params(arch) * arch.dtype.itemsize / (weights + rows * context)
+    logits = rows * arch.vocab_size if drawn else 0
+    head = (head_params(arch) + SAMPLING_READS * logits) * arch.dtype.itemsize
+    return head / (weights + rows * context)

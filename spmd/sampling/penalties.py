@@ -29,14 +29,17 @@ class TokenCounts:
         self.free: list[int] = []
         self.taken: dict[tuple[Request, bool], int] = {}  # of a request, and of one that is computed alone
 
-    def rows(self, requests: Sequence[Request]) -> Tensor:
-        """Row of the table of each of these requests, none of them `finished`; int64 [R] on the device.
+    def places(self, requests: Sequence[Request]) -> list[int]:
+        """Row of the table of each of these requests, none of them `finished`.
 
-        A request is entered with its prompt and committed output when it is first seen; from then on `add` must be
-        told of each of its tokens.
+        A request is entered with its prompt and committed output when it is first seen; from then on each of its tokens
+        must be counted. The table may be another one afterwards.
         """
-        rows = [self.taken[key] if (key := (r, r.alone)) in self.taken else self._enter(r) for r in requests]
-        return to_device(rows, torch.int64, self.table.device)
+        return [self.taken[key] if (key := (r, r.alone)) in self.taken else self._enter(r) for r in requests]
+
+    def rows(self, requests: Sequence[Request]) -> Tensor:
+        """The same, int64 [R] on the device."""
+        return to_device(self.places(requests), torch.int64, self.table.device)
 
     def add(self, rows: Tensor, token_ids: Tensor) -> None:
         """Count one more output token in each of `rows`; both int64 [R] on the device."""

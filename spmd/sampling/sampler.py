@@ -64,7 +64,10 @@ class Sampled:
 
 
 class Sampler:
-    """Samples for one replica. Its only state is the token counts of running requests with penalties."""
+    """Samples for one replica, in plain PyTorch. On GPUs `spmd.backend.cuda.sampler` takes its place, with its tokens.
+
+    Its only state is the token counts of running requests with penalties.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
@@ -80,7 +83,7 @@ class Sampler:
         """
         if plain_greedy(requests, positions):
             return Sampled(likeliest(logits))
-        biased = [i for i, r in enumerate(requests) if r.params.logit_bias or _held_open(r, positions[i])]
+        biased = [i for i, r in enumerate(requests) if r.params.logit_bias or held_open(r, positions[i])]
         penalised = [i for i, r in enumerate(requests) if r.params.penalised]
         drawn = [i for i, r in enumerate(requests) if not r.params.greedy]
         scores = logits.to(torch.float32, copy=bool(biased or penalised))
@@ -108,7 +111,7 @@ class Sampler:
         for row in rows:
             params = requests[row].params
             entries += [(row, token, bias) for token, bias in params.logit_bias]
-            if _held_open(requests[row], positions[row]):
+            if held_open(requests[row], positions[row]):
                 ends = params.eos_token_ids + params.stop_token_ids
                 entries += [(row, token, float("-inf")) for token in ends if 0 <= token < self.vocab_size]
         if entries:
@@ -189,7 +192,7 @@ def plain_greedy(requests: Sequence[Request], positions: Sequence[int]) -> bool:
     return all(position >= request.plain_from for request, position in zip(requests, positions, strict=True))
 
 
-def _held_open(request: Request, position: int) -> bool:
+def held_open(request: Request, position: int) -> bool:
     """Whether min_tokens forbids the token at `position` to end the request."""
     return position < request.prompt_len + request.params.min_tokens
 

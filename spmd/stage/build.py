@@ -2,7 +2,7 @@
 
 import torch
 
-from spmd.backend.choose import make_backend, share_exchange_memory
+from spmd.backend.choose import make_backend, make_sampler, share_exchange_memory
 from spmd.backend.kv_cache import KVCache
 from spmd.integers import ceil_div
 from spmd.model.checkpoint import load
@@ -13,7 +13,6 @@ from spmd.parallel.groups import Groups
 from spmd.parallel.hidden import HiddenChannel
 from spmd.parallel.peer_memory import symmetric_buffer
 from spmd.parallel.tensor import TensorParallel
-from spmd.sampling.sampler import Sampler
 from spmd.settings import Settings, runs_mixed_graphs
 from spmd.stage.cuda_graphs import Forward
 from spmd.stage.inputs import InputBuilder
@@ -59,7 +58,7 @@ def build_stage(
         channel = HiddenChannel(topology, groups.hidden, arch.hidden_size, arch.dtype, device, slots)
     if s.lookahead:
         feedback = TokenFeedback(topology, groups.tokens, s.max_num_seqs, slots, device)
-    sampler = Sampler(arch.vocab_size, device) if topology.is_leader else None
+    sampler = make_sampler(arch, device) if topology.is_leader else None
     buckets = s.decode_buckets if device.type == "cuda" and not m.enforce_eager else []
     backend = make_backend(m.attention_backend, decoder, cache, longest, buckets, m.decode_products != "torch")
     stage = Stage(Forward(decoder, backend), cache, inputs, channel, feedback, sampler)

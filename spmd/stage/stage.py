@@ -1,6 +1,8 @@
 """One rank's share of a tick: receive hidden states, run this stage's layers, send them on or sample."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,10 +11,19 @@ from spmd.backend.kv_cache import KVCache
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.hidden import HiddenChannel
 from spmd.report.clock import StageClock
-from spmd.sampling.sampler import Sampled, Sampler, plain_greedy
+from spmd.sampling.sampler import Sampled, plain_greedy
 from spmd.schedule.plan import Plan
+from spmd.schedule.request import Request
 from spmd.stage.cuda_graphs import Forward
 from spmd.stage.inputs import InputBuilder
+
+
+class Sampling(Protocol):
+    """What chooses tokens on the leader: plain PyTorch (`sampling/sampler.py`) or our kernel (`backend/cuda/`)."""
+
+    def sample(self, logits: Tensor, requests: Sequence[Request], positions: Sequence[int]) -> Sampled:
+        """Choose the token at `positions[i]` of `requests[i]` from `logits[i]`; the same on all implementations."""
+        ...
 
 
 class Stage:
@@ -25,7 +36,7 @@ class Stage:
         inputs: InputBuilder,
         channel: HiddenChannel | None,
         feedback: TokenFeedback | None,
-        sampler: Sampler | None,
+        sampler: Sampling | None,
     ) -> None:
         self.forward = forward
         self.cache = cache

@@ -11,6 +11,7 @@ from spmd.backend.kv_cache import KVCache
 from spmd.model.architecture import Architecture, read_architecture
 from spmd.model.cache_spec import block_bytes
 from spmd.model.cost import (
+    SAMPLING_READS,
     head_cost,
     head_params,
     layer_bytes,
@@ -99,3 +100,10 @@ def test_the_head_is_weighed_in_layers(name: str, rows: int, cost: float, counts
     arch = shape(name)
     assert head_cost(arch, rows) == pytest.approx(cost, abs=0.01)
     assert split_layers(arch.num_layers, 2, head_cost=head_cost(arch, rows)) == counts
+
+
+def test_drawing_tokens_weighs_as_much_as_some_reads_of_their_logits() -> None:
+    arch, rows = shape("qwen3_8b"), 64
+    drawing = head_cost(arch, rows, drawn=True) / head_cost(arch, rows) - 1
+    assert drawing == pytest.approx(SAMPLING_READS * rows * arch.vocab_size / head_params(arch))
+    assert 0.1 < head_cost(arch, rows, drawn=True) - head_cost(arch, rows) < 0.4  # 60 us of a layer's 160, on one H200

@@ -1,1 +1,4 @@
-"""NVIDIA GPUs: FlashInfer's kernels and ours. Without Triton only `limits` and `decode_gemm` can be imported."""
+"""NVIDIA GPUs: FlashInfer's kernels and ours.
+
+Without Triton only `limits`, `decode_gemm`, `sampler` and `nvrtc` can be imported.
+"""

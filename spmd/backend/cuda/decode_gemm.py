@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmd.backend.cuda.nvrtc import available, checked, compile_source, load
 from spmd.integers import ceil_div
 
 SMALL_WEIGHT = 8 * 2**20  # numbers in a weight up to which reading it takes no longer than starting
@@ -99,16 +100,13 @@ def _split_k(size: int, columns: int, processors: int) -> int:
     return 2 if blocks * 2 <= processors and columns >= 2 * MIN_SPLIT_COLUMNS else 1
 
 
+WHAT = "products of decode batches (model.decode_products=torch does without this kernel)"
 CAPABILITY = (9, 0)  # Hopper's matrix unit: no other generation has it
 
 
 def supported(device: torch.device) -> bool:
     """Whether the kernel can run on a GPU."""
-    try:
-        import cuda.bindings  # noqa: F401  # torch for CUDA needs it too, as a rule
-    except ImportError:
-        return False
-    return torch.cuda.get_device_capability(device) == CAPABILITY
+    return available() and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
 class DecodeGemm:
@@ -162,7 +160,7 @@ class DecodeGemm:
             *(out.data_ptr(), len(x), out.shape[1], weight.shape[1]),
         )
         types = (None, None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int)
-        _checked(driver.cuLaunchKernelEx(launch, self.kernels[tiling], (values, types), 0))
+        checked(driver.cuLaunchKernelEx(launch, self.kernels[tiling], (values, types), 0), WHAT)
 
 
 def _map(matrix: Tensor, rows: int) -> Any:
@@ -178,7 +176,7 @@ def _map(matrix: Tensor, rows: int) -> Any:
         cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )  # fmt: skip
-    return _checked(encoded)
+    return checked(encoded, WHAT)
 
 
 def _source(tiling: Tiling) -> str:
@@ -200,38 +198,9 @@ def _source(tiling: Tiling) -> str:
 
 def _compile(tiling: Tiling) -> bytes:
     """The machine code."""
-    from cuda.bindings import nvrtc
-
-    program = _checked(nvrtc.nvrtcCreateProgram(_source(tiling).encode(), b"decode_gemm.cu", 0, [], []))
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
-    result = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if result[0].value:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(log.decode())
-    cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
-    return cubin
+    return compile_source(_source(tiling), "sm_90a", WHAT)
 
 
 def _load(cubin: bytes, tiling: Tiling) -> Any:
     """The kernel on the current device."""
-    from cuda.bindings import driver
-
-    kernel = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(cubin)), b"product"))
-    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(kernel, most, tiling.shared_bytes))
-    return kernel
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call returned besides its error code.
-
-    Raises:
-        RuntimeError: the code.
-    """
-    code, *rest = result
-    if code.value:
-        raise RuntimeError(f"products of decode batches: {code!r}; model.decode_products=torch does without")
-    return rest[0] if rest else None
+    return load(cubin, "product", tiling.shared_bytes, WHAT)
