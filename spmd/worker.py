@@ -23,8 +23,8 @@ from spmd.parallel.groups import Groups, connect
 from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketQueue, PacketWire
 from spmd.parallel.replicas import Alone, Exchanging, InLockstep
-from spmd.report.clock import Phases
 from spmd.report.metrics import Metrics, merge
+from spmd.report.startup import Phases
 from spmd.runtime.agreement import from_rank_0, host, together
 from spmd.runtime.device import check_own_gpus, choose_device
 from spmd.runtime.main import log
@@ -70,15 +70,17 @@ class Worker:
         t = self.topology
         with after_start_up(), self._guarded() as digests, self.stop.gentle():
             scheduler, replicas = build_scheduler(self.settings), build_replicas(self.settings, t, self.groups)
-            engine = Engine(scheduler, self.stage, source, replicas, self._results(leader), digests, watch)
+            results, clock = self._results(leader), self.stage.clock
+            engine = Engine(scheduler, self.stage, source, replicas, results, digests, clock, watch)
             log.info("start-up: %s", self.phases)
-            started, busy = perf_counter(), self.stage.clock.total()
+            started = perf_counter()
+            clock.start()
             engine.run()
-            busy = self.stage.clock.total() - busy
+            clock.stop()
             together(t, lambda: leader.close() if leader else None)
             seconds = perf_counter() - started  # until all answers are where they belong
             self.stop.stopped = engine.replicas.stopped
-            return _gather(self._metrics(engine, started, seconds, busy), t)
+            return _gather(self._metrics(engine, started, seconds), t)
 
     @contextmanager
     def _guarded(self) -> Iterator[DigestChain | Undigested]:
@@ -97,10 +99,10 @@ class Worker:
         packets = PacketWire(self.groups.packets, self.topology.leader, self.settings.scheduler.max_num_seqs)
         return Judged(leader, packets, self.stop, self.stage.result_lag) if leader else Followed(packets)
 
-    def _metrics(self, engine: Engine, started: float, seconds: float, busy: float) -> Metrics:
-        """This rank's figures. `started`: on perf_counter's clock; `busy`: seconds of the stage."""
+    def _metrics(self, engine: Engine, started: float, seconds: float) -> Metrics:
+        """This rank's figures. `started`: on perf_counter's clock."""
         metrics = engine.results.figures(started, started + seconds)
-        metrics.stopped(self.topology.pp_rank, busy, seconds, self.phases.total)
+        metrics.stopped(self.topology.pp_rank, engine.clock.account(seconds), seconds, self.phases.total)
         metrics.host, metrics.input_wait_seconds = engine.host_times, engine.source.waited
         replicas = engine.replicas
         metrics.mixed_ticks, metrics.exchanges = replicas.mixed_ticks, replicas.exchanges

@@ -46,6 +46,12 @@ def test_figures_with_a_floor(tmp_path: Path) -> None:
     assert figures["floor_output_throughput"] * figures["floor_percent"] / 100 == pytest.approx(
         figures["output_throughput"]
     )
+    for stage in (0, 1):
+        parts, of_floor = figures["stage_time_percent"][stage], figures["stage_floor_percent"][stage]
+        assert sum(parts.values()) == pytest.approx(100, abs=1) and sum(of_floor.values()) == pytest.approx(100, abs=1)
+        busy = sum(parts[part] for part in ("forward", "sample", "padding", "dummy"))
+        assert busy == pytest.approx(figures["stage_busy_percent"][stage]) and min(parts.values()) >= 0
+    assert max(parts["floor"] for parts in figures["stage_floor_percent"]) == pytest.approx(figures["floor_percent"])
     assert list(figures["startup_phases"]) == ["imports", "processes", "weights", "cache and kernels", "warm-up"]
     assert sum(figures["startup_phases"].values()) <= figures["startup_seconds"] * 1.000001
     assert {line.split()[0] for line in told[:-1] if line} >= {"rows", "floor", "read"}
