@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from spmd import STARTED
 from spmd.api.source import Source
 from spmd.config import Config
-from spmd.engine import Engine, Replicas, Results, Watch, unwatched
+from spmd.engine import Engine, Replicas, Results, Watch, all_of, unwatched
 from spmd.guard.ending import after_start_up
 from spmd.guard.guard import Guard
 from spmd.leader import Followed, Judged, Leader
@@ -25,7 +25,8 @@ from spmd.parallel.packet import PacketQueue, PacketWire
 from spmd.parallel.replicas import Alone, Exchanging, InLockstep
 from spmd.report.metrics import Metrics, merge
 from spmd.report.startup import Phases
-from spmd.runtime.agreement import from_rank_0, host, together
+from spmd.report.summary import write_figures
+from spmd.runtime.agreement import from_each, from_rank_0, host, together
 from spmd.runtime.device import check_own_gpus, choose_device
 from spmd.runtime.main import log
 from spmd.runtime.run_dir import open_run_dir, record, warn
@@ -40,6 +41,8 @@ from spmd.stage.build import build_stage, load_decoder
 from spmd.stage.memory import check_memory, count_blocks, smallest_of_stages, this_device
 from spmd.stage.stage import Stage
 from spmd.topology import Topology
+from spmd.trace.alignment import measure
+from spmd.trace.recorder import recording
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ class Worker:
             RuntimeError: any other ValueError.
         """
         t = self.topology
-        with after_start_up(), self._guarded() as digests, self.stop.gentle():
+        with after_start_up(), self._guarded() as digests, self.stop.gentle(), self._traced() as recorder:
             scheduler, replicas = build_scheduler(self.settings), build_replicas(self.settings, t, self.groups)
             results, clock = self._results(leader), self.stage.clock
-            engine = Engine(scheduler, self.stage, source, replicas, results, digests, clock, watch)
+            watches = all_of(watch, recorder)
+            engine = Engine(scheduler, self.stage, source, replicas, results, digests, clock, watches)
             log.info("start-up: %s", self.phases)
             started = perf_counter()
             clock.start()
@@ -80,7 +84,10 @@ class Worker:
             together(t, lambda: leader.close() if leader else None)
             seconds = perf_counter() - started  # until all answers are where they belong
             self.stop.stopped = engine.replicas.stopped
-            return _gather(self._metrics(engine, started, seconds), t)
+            metrics = _gather(self._metrics(engine, started, seconds), t)
+            if metrics and self.settings.trace:
+                write_figures(metrics, self.run_dir / "trace" / "figures.json")
+            return metrics
 
     @contextmanager
     def _guarded(self) -> Iterator[DigestChain | Undigested]:
@@ -91,6 +98,34 @@ class Worker:
             return
         with together(t, lambda: Guard(t, settings, logs, self.stop, self.device.type == "cpu")) as guard:
             yield DigestChain(guard.recorder.write) if settings.enabled else Undigested()
+
+    @contextmanager
+    def _traced(self) -> Iterator[Watch]:
+        """What to call after every tick to have it recorded, if that is asked for."""
+        t, s = self.topology, self.settings
+        if not s.trace:
+            yield unwatched
+            return
+        hosts = from_each(t, host())
+        offset = measure(t.rank, hosts)
+        about = {
+            "rank": t.rank,
+            "dp": t.dp,
+            "pp": t.pp,
+            "tp": t.tp,
+            "dp_rank": t.dp_rank,
+            "pp_rank": t.pp_rank,
+            "tp_rank": t.tp_rank,
+            "host": hosts[t.rank],
+            "offset_ns": offset.ns,
+            "offset_error_ns": offset.error_ns,
+            "slots": s.slots,
+            "seats": s.scheduler.max_num_seqs,
+            "device": self.device.type,
+        }
+        with ExitStack() as stack:
+            files = recording(self.run_dir / "trace", self.stage.clock, about)
+            yield together(t, lambda: stack.enter_context(files))
 
     def _results(self, leader: Leader | None) -> Results:
         if self.groups.packets is None:

@@ -64,6 +64,12 @@ def write_json(metrics: Metrics, output: str | Path) -> Path:
     return path
 
 
+def write_figures(metrics: Metrics, file: Path) -> None:
+    """Write the figures with the bins of the latencies, for `python -m spmd.report`."""
+    histograms = {name: getattr(metrics, name).bins for name in LATENCIES}
+    file.write_text(json.dumps(as_dict(metrics) | {"histograms": histograms}, allow_nan=False) + "\n")
+
+
 def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:
     """The figures for people, in aligned columns, and rows of `more` below; no newline at the end."""
     f = as_dict(metrics)

@@ -107,8 +107,9 @@ class DeviceClock:
 
     def stop(self) -> None:
         self.host.stop()
-        self._begin_turn()
-        self.pending[-1].marks[-1][1].synchronize()
+        for _ in range(2):  # the second one begins when the device has nothing left, as one at the start
+            self._begin_turn()
+            self.pending[-1].marks[-1][1].synchronize()
         self._read()
 
     def account(self, wall: float) -> Account:

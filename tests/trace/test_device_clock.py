@@ -16,7 +16,9 @@ MS = 1_000_000
 class Device:
     """A device and its host on a virtual clock, in nanoseconds. What the host gives the device is done in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, drift: float = 1.0) -> None:
+        """`drift`: milliseconds that the device counts in each of the host's."""
+        self.drift = drift
         self.now = 10**12  # the host's
         self.done = self.now  # when the device will have done all that it was given
 
@@ -46,7 +48,7 @@ class Passing:
 
     def elapsed_time(self, end_event: object) -> float:
         assert isinstance(end_event, Passing) and self.query() and end_event.query()
-        return (end_event.at - self.at) / MS
+        return (end_event.at - self.at) / MS * self.device.drift
 
 
 @pytest.fixture
