@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmd.trace.phases import Phase
-from spmd.trace.tick_file import FORMAT, TURN_PHASES, UNIT, layout, of
+from spmd.trace.tick_file import FORMAT, TURN_PHASES, UNIT, of
 
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Lane:
     phases: tuple[Phase, ...]  # P of them, in order
     starts: Ints  # [T]
     durations: Ints  # [T, P]
+    anchored: Bools  # [T]; of a device, whether it had nothing to do when the host began to give it the turn's work
 
     @property
     def ends(self) -> Ints:
@@ -85,7 +87,7 @@ def read(folder: Path) -> list[RankTrace]:
 def _read_rank(file: Path) -> RankTrace:
     about, ticks = _records(file)
     starts = ticks["start"].astype(np.int64) * UNIT + about["offset_ns"]
-    host = Lane(tuple(Phase), starts, _durations(ticks, tuple(Phase)))
+    host = Lane(tuple(Phase), starts, _durations(ticks, tuple(Phase)), np.ones(len(ticks), dtype=np.bool_))
     device = None
     if (of_device := file.with_suffix(".device.bin")).exists():
         _, turns = _records(of_device)
@@ -102,12 +104,10 @@ def _records(file: Path) -> tuple[dict[str, Any], Any]:
         about = json.loads(first)
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']}, not {FORMAT}: this version of spmd can't read it")
-        fields = [(name, letter) for name, letter in about["fields"]]
-        size = layout(fields).size
+        dtype = np.dtype([(name, {"q": "<i8", "I": "<u4"}[letter]) for name, letter in about["fields"]])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a trace: {error}") from error
-    dtype = np.dtype([(name, {"q": "<i8", "I": "<u4"}[letter]) for name, letter in fields])
-    return about, np.frombuffer(content[: len(content) // size * size], dtype)
+    return about, np.frombuffer(content[: len(content) // dtype.itemsize * dtype.itemsize], dtype)
 
 
 def _durations(records: Any, phases: tuple[Phase, ...]) -> Ints:
@@ -128,4 +128,4 @@ def _device_lane(turns: Any) -> Lane:
     base = issued[anchors[0]] - own[anchors[0]] if len(anchors) else 0
     apart = np.interp(own, own[anchors], issued[anchors] - own[anchors] - base) if len(anchors) else 0.0
     ends = own + base + np.asarray(apart).astype(np.int64)
-    return Lane(TURN_PHASES, ends - durations[:, 0], durations)
+    return Lane(TURN_PHASES, ends - durations[:, 0], durations, turns["anchored"].astype(np.bool_))
