@@ -29,11 +29,11 @@ def report(run_dir: Path, ticks: tuple[int, int] | None = None) -> list[str]:
         ValueError: there is no trace, or nothing can be written.
     """
     traces, figures = read(run_dir / "trace"), _figures(run_dir / "trace" / "figures.json")
+    window = perfetto.window(traces, ticks)
     end = max(int(lane.ends[-1]) for trace in traces for lane in perfetto.lanes(trace).values())
     cuts = [cut(trace, end) for trace in traces]
     try:
         page.write(traces, cuts, end, figures, run_dir / "report.html")
-        window = perfetto.window(traces, ticks)
         perfetto.write(traces, window, run_dir / "trace.json.gz")
         drawn = pictures.draw(traces, cuts, end, figures, run_dir / "pictures")
     except OSError as error:

@@ -62,7 +62,7 @@ def write(
         "FIGURES": _figures(figures) if figures else "",
         "SHARES": _shares(traces, cuts),
         "CHARTS": "\n".join(_charts(traces, end, figures)),
-        "DATA": json.dumps(_data(traces, cuts, end)),
+        "DATA": json.dumps(_data(traces, cuts, end)).replace("</", "<\\/"),
     }
     page = TEMPLATE.read_text()
     for name, content in parts.items():

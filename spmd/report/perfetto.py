@@ -22,10 +22,16 @@ GAP = "idle or copies"  # of a device between two turns
 
 
 def window(traces: Sequence[RankTrace], asked: tuple[int, int] | None) -> tuple[int, int]:
-    """The ticks [a, b) to write: those asked for, else all, or as many as there is room for in the middle."""
+    """The ticks [a, b) to write: those asked for, else all, or as many as there is room for in the middle.
+
+    Raises:
+        ValueError: there are none of those asked for.
+    """
     ticks = max(len(trace.counts) for trace in traces)
     if asked:
-        return asked
+        if asked[0] >= ticks:
+            raise ValueError(f"--ticks {asked[0]}:{asked[1]}: the trace has {ticks:,} ticks, from 0 on")
+        return asked[0], min(asked[1], ticks)
     events = sum(int((lane.durations >= SHORTEST).sum()) for trace in traces for lane in lanes(trace).values())
     if events <= MOST_EVENTS:
         return 0, ticks

@@ -40,7 +40,7 @@ def draw(
 
 def _timeline(figure: Any, traces: Sequence[RankTrace], cuts: Sequence[Cut], end: int) -> Any:
     """A line for each rank, in which the height of a color is its share of the time."""
-    picture = figure(figsize=(12, 1 + 0.45 * len(traces)))
+    picture = figure(figsize=(12, 1 + 0.45 * len(traces)), layout="constrained")
     edges = np.linspace(0, end, BINS + 1)
     all_axes = picture.subplots(len(traces), 1, sharex=True, squeeze=False)[:, 0]
     for axes, trace, cut in zip(all_axes, traces, cuts, strict=True):
@@ -54,7 +54,7 @@ def _timeline(figure: Any, traces: Sequence[RankTrace], cuts: Sequence[Cut], end
 
 
 def _shares(figure: Any, traces: Sequence[RankTrace], cuts: Sequence[Cut]) -> Any:
-    picture = figure(figsize=(9, 1 + 0.35 * len(traces)))
+    picture = figure(figsize=(9, 1 + 0.35 * len(traces)), layout="constrained")
     axes = picture.subplots()
     shares = np.array([100 * cut.total() / cut.total().sum() for cut in cuts])
     left = np.zeros(len(traces))
@@ -70,7 +70,9 @@ def _shares(figure: Any, traces: Sequence[RankTrace], cuts: Sequence[Cut]) -> An
 
 def _legend(picture: Any, axes: Any) -> None:
     boxes = [axes.bar(0, 0, color=COLORS[name], label=name.replace("_", " ")) for name in NAMES]
-    picture.legend(handles=boxes, ncols=len(NAMES), loc="upper center", fontsize=7, frameon=False, columnspacing=1)
+    picture.legend(
+        handles=boxes, ncols=len(NAMES), loc="outside upper center", fontsize=7, frameon=False, columnspacing=1
+    )
 
 
 def _lines(figure: Any, series: Series, label: str) -> Any:

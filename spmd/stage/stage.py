@@ -57,12 +57,15 @@ class Stage:
         batch = replace(batch, shared_rows=shared_rows)
         rows = len(batch.positions)
         clock.end(Phase.INPUTS)
-        x = self._receive(x, rows)
-        clock.end(Phase.HIDDEN)
+        if not self.forward.decoder.first:
+            x = self._receive(x, rows)
+            clock.end(Phase.HIDDEN)
         x = self.forward(x, batch)
         clock.ran(rows, plan.num_decodes + plan.num_prompt_tokens)
-        sampled = self._sample(plan, x) if self.forward.decoder.last and plan.sampled else None
-        clock.end(Phase.SAMPLE)
+        sampled = None
+        if self.forward.decoder.last and plan.sampled:
+            sampled = self._sample(plan, x)
+            clock.end(Phase.SAMPLE)
         self._send(x)
         if self.feedback and sampled:
             self.feedback.send(plan, sampled.token_ids)
