@@ -25,7 +25,7 @@ from spmd.parallel.packet import PacketQueue, PacketWire
 from spmd.parallel.replicas import Alone, Exchanging, InLockstep
 from spmd.report.metrics import Metrics, merge
 from spmd.report.startup import Phases
-from spmd.report.summary import write_figures
+from spmd.report.summary import FIGURES, write_figures
 from spmd.runtime.agreement import from_each, from_rank_0, host, together
 from spmd.runtime.device import check_own_gpus, choose_device
 from spmd.runtime.main import log
@@ -86,7 +86,7 @@ class Worker:
             self.stop.stopped = engine.replicas.stopped
             metrics = _gather(self._metrics(engine, started, seconds), t)
             if metrics and self.settings.trace:
-                write_figures(metrics, self.run_dir / "trace" / "figures.json")
+                write_figures(metrics, self.run_dir / "trace" / FIGURES)
             return metrics
 
     @contextmanager
@@ -106,6 +106,8 @@ class Worker:
         if not s.trace:
             yield unwatched
             return
+        folder = self.run_dir / "trace"
+        (folder / FIGURES).unlink(missing_ok=True)  # of an earlier run of this process, such as a bench's warm-up
         hosts = from_each(t, host())
         offset = measure(t.rank, hosts)
         about = {
@@ -124,7 +126,7 @@ class Worker:
             "device": self.device.type,
         }
         with ExitStack() as stack:
-            files = recording(self.run_dir / "trace", self.stage.clock, about)
+            files = recording(folder, self.stage.clock, about)
             yield together(t, lambda: stack.enter_context(files))
 
     def _results(self, leader: Leader | None) -> Results:

@@ -18,6 +18,7 @@ from typing import Any
 from spmd.messages import cannot_write
 from spmd.report import page, perfetto, pictures
 from spmd.report.parts import cut
+from spmd.report.summary import FIGURES
 from spmd.signals import USAGE
 from spmd.trace.timeline import read
 
@@ -28,7 +29,7 @@ def report(run_dir: Path, ticks: tuple[int, int] | None = None) -> list[str]:
     Raises:
         ValueError: there is no trace, or nothing can be written.
     """
-    traces, figures = read(run_dir / "trace"), _figures(run_dir / "trace" / "figures.json")
+    traces, figures = read(run_dir / "trace"), _figures(run_dir / "trace" / FIGURES)
     window = perfetto.window(traces, ticks)
     end = max(int(lane.ends[-1]) for trace in traces for lane in perfetto.lanes(trace).values())
     cuts = [cut(trace, end) for trace in traces]

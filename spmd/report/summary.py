@@ -1,11 +1,16 @@
 """The figures at the end of a run: as a dict with `vllm bench`'s names, as JSON, and as a table for people."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spmd.report.metrics import LATENCIES, Metrics
+
+log = logging.getLogger("spmd")
+
+FIGURES = "figures.json"  # beside a trace
 
 
 def as_dict(metrics: Metrics) -> dict[str, Any]:
@@ -65,9 +70,12 @@ def write_json(metrics: Metrics, output: str | Path) -> Path:
 
 
 def write_figures(metrics: Metrics, file: Path) -> None:
-    """Write the figures with the bins of the latencies, for `python -m spmd.report`."""
+    """Write the figures with the bins of the latencies, for `python -m spmd.report`; no matter if it can't be."""
     histograms = {name: getattr(metrics, name).bins for name in LATENCIES}
-    file.write_text(json.dumps(as_dict(metrics) | {"histograms": histograms}, allow_nan=False) + "\n")
+    try:
+        file.write_text(json.dumps(as_dict(metrics) | {"histograms": histograms}, allow_nan=False) + "\n")
+    except OSError as error:
+        log.warning("%s can't be written: %s", file, error.strerror)
 
 
 def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:

@@ -16,6 +16,7 @@ from spmd.processes.feeder import Feeder
 from spmd.processes.outlet import Outlet
 from spmd.signals import Stop
 from spmd.topology import Topology
+from spmd.trace.timeline import read
 from tests.support.jobs import ROOT, run, run_here
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -127,3 +128,21 @@ def test_a_bench_that_is_stopped_while_it_warms_up_has_no_figures(
     warm_up_lasts = ("workload.input_len=[200,200]", "scheduler.max_num_batched_tokens=16")
     assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *warm_up_lasts, work=bench_here) == 75
     assert capfd.readouterr().out == "stopped by SIGTERM on rank 0 while warming up: no figures\n"
+
+
+def test_a_bench_that_fails_leaves_its_trace_and_no_figures_of_its_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticked = Engine.tick
+
+    def ticks(self: Engine, number: int) -> None:
+        if number == 20:  # the warm-up takes fewer
+            raise ZeroDivisionError
+        ticked(self, number)
+
+    monkeypatch.setattr(Engine, "tick", ticks)
+    with pytest.raises(ZeroDivisionError):
+        run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *LONG, "trace=true", work=bench_here)
+    assert [file.name for file in (tmp_path / "trace").iterdir()] == ["rank-0.bin"]
+    (trace,) = read(tmp_path / "trace")
+    assert trace.counts["tick"].tolist() == list(range(20))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from spmd.report.metrics import Clock, Metrics
-from spmd.report.summary import as_dict, json_line, table, write_json
+from spmd.report.summary import as_dict, json_line, table, write_figures, write_json
 from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 from spmd.trace.account import PARTS, Account
@@ -95,3 +95,12 @@ def test_json_is_valid_also_when_nothing_was_done(metrics: Metrics, tmp_path: Pa
         assert path == tmp_path / "answers.summary.json"
         assert json.loads(path.read_text()) == as_dict(each)
         assert table(each)
+
+
+def test_figures_of_a_trace_that_cant_be_written_are_done_without(
+    metrics: Metrics, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_figures(metrics, tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text())["histograms"]["ttft"]
+    write_figures(metrics, tmp_path / "missing" / "figures.json")
+    assert "can't be written" in caplog.text
