@@ -10,7 +10,7 @@ from spmd.schedule.scheduler import Scheduler
 from spmd.trace.device_clock import DeviceClock, Turn, untold
 from spmd.trace.host_clock import Clock
 from spmd.trace.phases import NUM_PHASES
-from spmd.trace.tick_file import TICK_FIELDS, TURN_FIELDS, TURN_PHASES, UNIT, RecordFile, units
+from spmd.trace.tick_file import MOST, TICK_FIELDS, TURN_FIELDS, TURN_PHASES, UNIT, RecordFile
 
 
 class Ticking(Protocol):
@@ -35,6 +35,7 @@ class Recorder:
         self.scheduler: Scheduler | None = None
         self._ns = [0] * NUM_PHASES  # up to the last record, like the other counts
         self._rows = self._useful = self._tokens = self._ticks = 0
+        self._start = 0  # of the next record, nanoseconds; 0: none was written yet
 
     def __call__(self, engine: Ticking) -> None:
         plan, self.scheduler = engine.ring[-1], engine.scheduler
@@ -50,15 +51,19 @@ class Recorder:
         scheduler, clock = self.scheduler, self.clock
         assert scheduler is not None
         host = clock.host
+        self._start = self._start or host.since - sum(host.ledger.ns)
         ns, tokens = host.ledger.ns.copy(), scheduler.counters.output_tokens
-        spent = [now - before for before, now in zip(self._ns, ns, strict=True)]
+        spent = [(now - before) // UNIT for before, now in zip(self._ns, ns, strict=True)]
+        if max(spent) > MOST:
+            spent = [min(units, MOST) for units in spent]
         rows, useful = clock.rows - self._rows, clock.useful - self._useful
         self.file.write(
-            (host.since - sum(spent)) // UNIT,
-            *map(units, spent),
+            self._start // UNIT,
+            *spent,
             *(tick, rows, rows - useful, prompt_tokens, decodes, samples),
             *(scheduler.num_running, len(scheduler.waiting), scheduler.pool.num_free, tokens - self._tokens),
         )
+        self._start = host.since
         self._ns, self._rows, self._useful, self._tokens = ns, clock.rows, clock.useful, tokens
 
 
@@ -69,7 +74,7 @@ class TurnRecorder:
         self.file = file
 
     def __call__(self, turn: Turn, ns: Sequence[int]) -> None:
-        spent = (units(ns[phase]) for phase in TURN_PHASES)
+        spent = (min(ns[phase] // UNIT, MOST) for phase in TURN_PHASES)
         self.file.write(turn.issued_ns // UNIT, int(turn.idle is not None), *spent)
 
 

@@ -26,7 +26,7 @@ log = logging.getLogger("spmd")
 FORMAT = 1
 UNIT = 100  # nanoseconds
 SPILL = 256  # records
-MOST = 2**32 - 1
+MOST = 2**32 - 1  # units of a duration
 
 Fields = Sequence[tuple[str, str]]
 
@@ -74,7 +74,7 @@ class RecordFile:
         self.file.write(json.dumps({"format": FORMAT, "unit_ns": UNIT, **about, "fields": fields}).encode() + b"\n")
 
     def write(self, *values: int) -> None:
-        """Values of all fields. See `units` for durations."""
+        """Values of all fields, times and durations in units."""
         self.layout.pack_into(self.buffer, self.used, *values)
         self.used += self.layout.size
         if self.used == len(self.buffer):
@@ -99,8 +99,3 @@ class RecordFile:
 
 def layout(fields: Fields) -> struct.Struct:
     return struct.Struct("<" + "".join(letter for _, letter in fields))
-
-
-def units(ns: int) -> int:
-    """A duration as it is written."""
-    return min(max(ns, 0) // UNIT, MOST)
