@@ -11,7 +11,8 @@ from spmd.report.metrics import LATENCIES
 from spmd.report.parts import Floats
 from spmd.trace.timeline import RankTrace
 
-POINTS = 300  # of a line
+POINTS = 300  # of a line at most
+TICKS = 4  # at least, that a point of throughput is the mean of
 WIDER = 20  # bins of a histogram that make one of a chart: a tenth of e each
 
 Series = Mapping[str, tuple[Floats, Floats]]  # seconds and values, by name
@@ -25,8 +26,9 @@ def leaders(traces: Sequence[RankTrace]) -> list[RankTrace]:
 
 def throughput(traces: Sequence[RankTrace], end: int) -> Series:
     """Output tokens a second, as they were committed; of all replicas, and of each if there are several."""
-    edges = np.linspace(0, end, POINTS + 1)
-    seconds, width = edges[1:] / 1e9, end / POINTS / 1e9
+    points = max(1, min(POINTS, max(len(trace.counts) for trace in traces) // TICKS))
+    edges = np.linspace(0, end, points + 1)
+    seconds, width = edges[1:] / 1e9, end / points / 1e9
     each = {
         f"replica {trace.about['dp_rank']}": np.histogram(trace.host.starts, edges, weights=trace.counts["tokens"])[0]
         for trace in leaders(traces)
