@@ -291,6 +291,11 @@ class Config:
         None, "Folder of logs and configuration. null: runs/<SLURM job id, or start time and process>."
     )
     progress: bool = key(True, "Show on rank 0 how far the run is.")
+    trace: bool = key(
+        False,
+        "Every rank records what it does in each tick, in <run_dir>/trace (120 bytes a tick, 160 on GPUs); "
+        "python -m spmd.report RUN_DIR makes a page of it.",
+    )
 
 
 def sections() -> dict[str, type]:

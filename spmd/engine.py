@@ -11,7 +11,6 @@ replicas and of the results. Each is a Protocol, so a simulation can stand in fo
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
-from time import perf_counter
 from typing import Protocol
 
 from spmd.api.rows import BadRow, Job
@@ -25,6 +24,8 @@ from spmd.schedule.digests import DigestChain, Undigested
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request
 from spmd.schedule.scheduler import Scheduler
+from spmd.trace.host_clock import Clock
+from spmd.trace.phases import Phase
 
 
 class Stage(Protocol):
@@ -142,11 +143,14 @@ class Engine:
         replicas: Replicas,
         results: Results,
         digests: DigestChain | Undigested,
+        clock: Clock,
         watch: Watch = unwatched,
     ) -> None:
-        """`digests`: what the ranks of a replica compare at each tick; all have a DigestChain or none has.
-
-        `watch` is called after every tick: progress, traces, tests.
+        """
+        Args:
+            digests: what the ranks of a replica compare at each tick; all have a DigestChain or none has.
+            clock: told when each phase of a tick ends; the stage tells it of its own ones.
+            watch: called after every tick: progress, traces, tests.
         """
         self.scheduler = scheduler
         self.stage = stage
@@ -154,6 +158,7 @@ class Engine:
         self.replicas = replicas
         self.results = results
         self.digests = digests
+        self.clock = clock
         self.watch = watch
         self.ring: deque[Plan] = deque()  # plans in flight, oldest first
         self.depth = scheduler.limits.slots + scheduler.limits.lookahead  # most plans in flight
@@ -162,7 +167,7 @@ class Engine:
         self.passed = 0  # rows of the source gone through, for any replica
         self.reported = 0  # output tokens, in all loads so far
         self.stopped = 0  # who asked to stop, as the leader passed it on; 0: nobody
-        self.host_times = Histogram()  # of a tick without `Stage.run`, and without waiting for anybody
+        self.host_times = Histogram()  # of a tick's Python beside `Stage.run`, without waiting for anybody
 
     def run(self) -> None:
         """Tick until every row is answered, or somebody asks to stop; then what is in flight is still committed.
@@ -173,6 +178,7 @@ class Engine:
         for tick in count():
             self.tick(tick)
             self.watch(self)
+            self.clock.end(Phase.WATCH)
             if self.replicas.over:
                 break
         self.drain()
@@ -186,24 +192,24 @@ class Engine:
 
     def tick(self, tick: int) -> None:
         """One turn of the loop. With a tick's number all ranks mean the same one."""
-        scheduler, since = self.scheduler, perf_counter() - self._waited()
+        scheduler, replicas, clock = self.scheduler, self.replicas, self.clock
+        before = clock.host.python_ns
         if len(self.ring) == self.depth:
             self._commit(self.ring.popleft())
-        self.replicas.listen()
+        replicas.listen()
+        clock.end(Phase.LISTEN, replicas.exchange_seconds)
         self._feed()
-        plan = scheduler.schedule(tick, self.replicas.admits(tick, scheduler.num_running, scheduler.num_waiting))
+        clock.end(Phase.FEED, self.source.waited)
+        plan = scheduler.schedule(tick, replicas.admits(tick, scheduler.num_running, scheduler.num_waiting))
         plan.digests = self.digests.plan(plan)
-        shared_rows = self.replicas.report(self._load(plan))
-        planned = perf_counter()
+        clock.end(Phase.SCHEDULE)
+        shared_rows = replicas.report(self._load(plan))
+        clock.end(Phase.REPORT, replicas.exchange_seconds)
         sampled = self.stage.run(plan, shared_rows)
-        since += perf_counter() - planned
         self.results.send(plan, sampled)
         self.ring.append(plan)
-        self.host_times.add(perf_counter() - self._waited() - since)
-
-    def _waited(self) -> float:
-        """Seconds so far for samples, packets, loads and rows that weren't there."""
-        return self.results.waited + self.replicas.exchange_seconds + self.source.waited
+        clock.end(Phase.RETURN, self.results.waited)
+        self.host_times.add((clock.host.python_ns - before) / 1e9)
 
     def _commit(self, plan: Plan) -> None:
         packet = self.results.receive(plan)
@@ -211,6 +217,9 @@ class Engine:
         self.digests.commit(packet.tokens, packet.finished)
         self.stopped = self.stopped or packet.stop
         self.results.finish(self.scheduler.commit(plan, packet.tokens, packet.finished))
+        self.clock.end(Phase.COMMIT, self.results.waited)
+        if packet.tokens:
+            self.clock.settle()
 
     def _feed(self) -> None:
         """Go on in the list as far as replicas need rows and it has any, and take those that are this one's.

@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from spmd import STARTED
 from spmd.api.source import Source
 from spmd.config import Config
-from spmd.engine import Engine, Replicas, Results, Watch, unwatched
+from spmd.engine import Engine, Replicas, Results, Watch, all_of, unwatched
 from spmd.guard.ending import after_start_up
 from spmd.guard.guard import Guard
 from spmd.leader import Followed, Judged, Leader
@@ -23,9 +23,10 @@ from spmd.parallel.groups import Groups, connect
 from spmd.parallel.load import LoadExchange
 from spmd.parallel.packet import PacketQueue, PacketWire
 from spmd.parallel.replicas import Alone, Exchanging, InLockstep
-from spmd.report.clock import Phases
 from spmd.report.metrics import Metrics, merge
-from spmd.runtime.agreement import from_rank_0, host, together
+from spmd.report.startup import Phases
+from spmd.report.summary import FIGURES, write_figures
+from spmd.runtime.agreement import from_each, from_rank_0, host, together
 from spmd.runtime.device import check_own_gpus, choose_device
 from spmd.runtime.main import log
 from spmd.runtime.run_dir import open_run_dir, record, warn
@@ -40,6 +41,8 @@ from spmd.stage.build import build_stage, load_decoder
 from spmd.stage.memory import check_memory, count_blocks, smallest_of_stages, this_device
 from spmd.stage.stage import Stage
 from spmd.topology import Topology
+from spmd.trace.alignment import measure
+from spmd.trace.recorder import recording
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,23 @@ class Worker:
             RuntimeError: any other ValueError.
         """
         t = self.topology
-        with after_start_up(), self._guarded() as digests, self.stop.gentle():
+        with after_start_up(), self._guarded() as digests, self.stop.gentle(), self._traced() as recorder:
             scheduler, replicas = build_scheduler(self.settings), build_replicas(self.settings, t, self.groups)
-            engine = Engine(scheduler, self.stage, source, replicas, self._results(leader), digests, watch)
+            results, clock = self._results(leader), self.stage.clock
+            watches = all_of(watch, recorder)
+            engine = Engine(scheduler, self.stage, source, replicas, results, digests, clock, watches)
             log.info("start-up: %s", self.phases)
-            started, busy = perf_counter(), self.stage.clock.total()
+            started = perf_counter()
+            clock.start()
             engine.run()
-            busy = self.stage.clock.total() - busy
+            clock.stop()
             together(t, lambda: leader.close() if leader else None)
             seconds = perf_counter() - started  # until all answers are where they belong
             self.stop.stopped = engine.replicas.stopped
-            return _gather(self._metrics(engine, started, seconds, busy), t)
+            metrics = _gather(self._metrics(engine, started, seconds), t)
+            if metrics and self.settings.trace:
+                write_figures(metrics, self.run_dir / "trace" / FIGURES)
+            return metrics
 
     @contextmanager
     def _guarded(self) -> Iterator[DigestChain | Undigested]:
@@ -90,6 +99,36 @@ class Worker:
         with together(t, lambda: Guard(t, settings, logs, self.stop, self.device.type == "cpu")) as guard:
             yield DigestChain(guard.recorder.write) if settings.enabled else Undigested()
 
+    @contextmanager
+    def _traced(self) -> Iterator[Watch]:
+        """What to call after every tick to have it recorded, if that is asked for."""
+        t, s = self.topology, self.settings
+        if not s.trace:
+            yield unwatched
+            return
+        folder = self.run_dir / "trace"
+        (folder / FIGURES).unlink(missing_ok=True)  # of an earlier run of this process, such as a bench's warm-up
+        hosts = from_each(t, host())
+        offset = measure(t.rank, hosts)
+        about = {
+            "rank": t.rank,
+            "dp": t.dp,
+            "pp": t.pp,
+            "tp": t.tp,
+            "dp_rank": t.dp_rank,
+            "pp_rank": t.pp_rank,
+            "tp_rank": t.tp_rank,
+            "host": hosts[t.rank],
+            "offset_ns": offset.ns,
+            "offset_error_ns": offset.error_ns,
+            "slots": s.slots,
+            "seats": s.scheduler.max_num_seqs,
+            "device": self.device.type,
+        }
+        with ExitStack() as stack:
+            files = recording(folder, self.stage.clock, about)
+            yield together(t, lambda: stack.enter_context(files))
+
     def _results(self, leader: Leader | None) -> Results:
         if self.groups.packets is None:
             assert leader is not None
@@ -97,10 +136,10 @@ class Worker:
         packets = PacketWire(self.groups.packets, self.topology.leader, self.settings.scheduler.max_num_seqs)
         return Judged(leader, packets, self.stop, self.stage.result_lag) if leader else Followed(packets)
 
-    def _metrics(self, engine: Engine, started: float, seconds: float, busy: float) -> Metrics:
-        """This rank's figures. `started`: on perf_counter's clock; `busy`: seconds of the stage."""
+    def _metrics(self, engine: Engine, started: float, seconds: float) -> Metrics:
+        """This rank's figures. `started`: on perf_counter's clock."""
         metrics = engine.results.figures(started, started + seconds)
-        metrics.stopped(self.topology.pp_rank, busy, seconds, self.phases.total)
+        metrics.stopped(self.topology.pp_rank, engine.clock.account(seconds), seconds, self.phases.total)
         metrics.host, metrics.input_wait_seconds = engine.host_times, engine.source.waited
         replicas = engine.replicas
         metrics.mixed_ticks, metrics.exchanges = replicas.mixed_ticks, replicas.exchanges

@@ -23,7 +23,7 @@ FLOORS = (
     ("settings", "processes"),
     ("backend", "api"),
     ("sampling", "report", "model", "journal", "formats", "guard"),
-    ("parallel",),
+    ("parallel", "trace"),
     ("schedule", "config_checks"),
     ("config", "topology", "signals", "messages", "integers"),
 )

@@ -81,7 +81,7 @@ def test_two_stages_run_under_torchrun(installed: Path, tmp_path: Path) -> None:
     assert answers(tmp_path) == ["46", "11"]
 
 
-def test_preflight_and_bench_find_groups_and_shapes(installed: Path, tmp_path: Path) -> None:
+def test_preflight_bench_and_report_find_groups_shapes_and_the_page(installed: Path, tmp_path: Path) -> None:
     checked = run([str(installed / "spmd-preflight"), "model=qwen3_06b", "topology=pp4", "device=cpu"], tmp_path)
     assert checked.returncode == 0 and re.search(r"^ok  model +Qwen3ForCausalLM, 28 layers", checked.stdout, re.M)
     measured = run(
@@ -91,8 +91,12 @@ def test_preflight_and_bench_find_groups_and_shapes(installed: Path, tmp_path: P
             "device=cpu",
             "workload.num_prompts=2",
             "model.max_model_len=256",
+            "trace=true",
+            "run_dir=run",
         ],
         tmp_path,
     )
     assert measured.returncode == 0, measured.stderr
     assert json.loads(measured.stdout.splitlines()[-1])["completed"] == 2
+    reported = run([str(installed / "python"), "-m", "spmd.report", "run"], tmp_path)
+    assert reported.returncode == 0 and (tmp_path / "run" / "report.html").exists(), reported.stderr

@@ -15,7 +15,7 @@ from spmd.processes.feeder import Feeder
 from spmd.processes.outlet import Outlet
 from spmd.report.metrics import Metrics
 from spmd.report.profile import profiled
-from spmd.report.summary import json_line, table
+from spmd.report.summary import json_line, shares, table
 from spmd.runtime.main import main
 from spmd.signals import Stop, name
 from spmd.topology import Topology
@@ -42,6 +42,8 @@ def bench(config: Config, topology: Topology, stop: Stop, feeder: Feeder, outlet
     if metrics:
         reached = _reached(worker, metrics, rates)
         print(table(metrics, lines(reached)))
+        if each := reached["stage_floor_percent"]:
+            print("\n".join(["", *shares("floor (%)", each)]))
         if stop.stopped:
             rows = f"{metrics.rows_ok:,} of {config.workload.num_prompts:,} rows"
             print(f"stopped by {name(stop.stopped)} with {rows} done: figures of these, and no floor")
@@ -56,7 +58,8 @@ def _reached(worker: Worker, metrics: Metrics, rates: Rates | None) -> Mapping[s
         return UNKNOWN
     settings = worker.settings
     work = ranks_work(settings, lengths(settings.workload, settings.arch.vocab_size))
-    return figures(work, rates, metrics.wall_seconds, metrics.output_tokens)
+    accounts = [account for _, account in sorted(metrics.stages.items())]
+    return figures(work, rates, metrics.wall_seconds, metrics.output_tokens, accounts)
 
 
 def cli() -> None:

@@ -22,10 +22,14 @@ from typing import Any
 from spmd.bench.rates import Rates
 from spmd.model.cost import head_params, layer_bytes, layer_params, seen, touched_experts
 from spmd.settings import Settings
+from spmd.trace.account import Account
 
 Rows = Sequence[tuple[int, int]]  # tokens of the prompt and of the output, row by row
 UNKNOWN: Mapping[str, Any] = dict.fromkeys(  # what `figures` says of a workload that was stopped
-    ("floor_output_throughput", "floor_percent", "achieved_bandwidth", "device_bandwidth", "device_flops")
+    (
+        *("floor_output_throughput", "floor_percent", "stage_floor_percent"),
+        *("achieved_bandwidth", "device_bandwidth", "device_flops"),
+    )
 )
 
 
@@ -56,19 +60,41 @@ def ranks_work(settings: Settings, rows: Rows) -> list[Work]:
     ]
 
 
-def figures(work: Sequence[Work], rates: Rates | None, seconds: float, output_tokens: int) -> dict[str, Any]:
+def figures(
+    work: Sequence[Work], rates: Rates | None, seconds: float, output_tokens: int, accounts: Sequence[Account]
+) -> dict[str, Any]:
     """What a run of `seconds` made of the device; without rates the floor is None.
 
     `achieved_bandwidth` is of the rank that has most to read: bytes a second, of what it has to read at least.
+    `stage_floor_percent`: where the time of each stage went, see `shares_of`. `accounts`: one a stage.
     """
     floor = max(each.seconds(rates) for each in work) if rates else None
     return {
         "floor_output_throughput": output_tokens / floor if floor else None,
         "floor_percent": 100 * floor / seconds if floor else None,
+        "stage_floor_percent": shares_of(work, rates, seconds, accounts) if rates else None,
         "achieved_bandwidth": max(each.bytes for each in work) / seconds,
         "device_bandwidth": rates.bandwidth if rates else None,
         "device_flops": rates.flops if rates else None,
     }
+
+
+def shares_of(
+    work: Sequence[Work], rates: Rates, seconds: float, accounts: Sequence[Account]
+) -> list[dict[str, float]]:
+    """Of each stage, in percent of `seconds` and in the mean of its ranks: its own floor, and what else the time was.
+
+    `slower`: by how much more than their floor forwards and sampling took; below 0 if the rates are too low. The other
+    parts are those of its account. All of a stage make 100. The floor of the run is that of the slowest rank.
+    """
+    shares = []
+    for stage, account in enumerate(accounts):
+        own = work[stage :: len(accounts)]
+        floor = 100 * sum(each.seconds(rates) for each in own) / len(own) / seconds
+        percent = account.percent()
+        slower = percent.pop("forward") + percent.pop("sample") - floor
+        shares.append({"floor": floor, "slower": slower} | percent)
+    return shares
 
 
 def lines(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -39,6 +39,7 @@ from spmd.schedule.scheduler import Scheduler
 from spmd.signals import Stop
 from spmd.stage.inputs import InputBuilder
 from spmd.topology import Topology
+from spmd.trace.host_clock import HostClock
 
 BLOCK_SIZE = 16
 TICKS = 400
@@ -172,7 +173,8 @@ def build(
     packets = TimedPackets(PacketWire(group, 0, running) if pp > 1 else PacketQueue(), laps)
     stage, source = Rehearsal(inputs, feedback, laps), Listed(jobs(running, tokens, longest))
     results = Judged(TimedLeader(laps), packets, Stop(), lag=1 if feedback else 0)
-    return Engine(scheduler, stage, source, TimedReplicas(Rules(running), laps), results, Undigested()), stage
+    replicas = TimedReplicas(Rules(running), laps)
+    return Engine(scheduler, stage, source, replicas, results, Undigested(), HostClock()), stage
 
 
 def measure(running: int, tokens: int, pp: int, lookahead: int) -> dict[str, list[float]]:

@@ -23,6 +23,7 @@ from spmd.schedule.limits import Limits
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request
 from spmd.schedule.scheduler import Scheduler
+from spmd.trace.host_clock import HostClock
 
 BLOCK_SIZE = 16  # tokens, of a fleet's pools
 
@@ -93,7 +94,7 @@ class Replica:
     def __init__(self, scheduler: Scheduler, source: Source, replicas: Replicas, token: Token = always_one) -> None:
         self.scheduler = scheduler
         self.results = MadeUp(token)
-        self.engine = Engine(scheduler, NoModel(), source, replicas, self.results, Undigested())
+        self.engine = Engine(scheduler, NoModel(), source, replicas, self.results, Undigested(), HostClock())
         self.ticks = 0
         self.busy = 0  # ticks until the last plan that wasn't empty
 

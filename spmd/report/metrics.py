@@ -1,4 +1,4 @@
-"""What one rank counts while it works: latencies of its requests, tokens, rows, and how long its stage was busy.
+"""What one rank counts while it works: latencies of its requests, tokens, rows, and where its time went.
 
 Every rank has a `Metrics`; on all but the leader of a replica only the stage's times are filled. At the end rank 0
 gathers and merges them. All is plain data of a size that does not grow with the number of rows.
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from spmd.report.histogram import Histogram
 from spmd.schedule.request import Request
+from spmd.trace.account import Account
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 COUNTERS = (
@@ -36,14 +37,6 @@ class Clock:
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
-
-
-@dataclass(slots=True)
-class StageTime:
-    """Seconds summed over the ranks of one stage."""
-
-    busy: float = 0.0  # in forward
-    wall: float = 0.0  # in the work phase
 
 
 @dataclass(slots=True)
@@ -75,7 +68,7 @@ class Metrics:
 
     startup_seconds: float = 0.0  # launch to the first tick; once merged, of the slowest rank
     wall_seconds: float = 0.0  # the work phase; once merged, of the slowest rank
-    stages: dict[int, StageTime] = field(default_factory=dict)
+    stages: dict[int, Account] = field(default_factory=dict)  # of the ranks of each stage together
 
     def sampled(self, clocks: Iterable[Clock], now: float) -> None:
         """One more output token of each of these requests was sampled."""
@@ -100,9 +93,9 @@ class Metrics:
         if request.choice == 0:
             self.prompt_tokens += request.prompt_len
 
-    def stopped(self, stage: int, busy_seconds: float, wall_seconds: float, startup_seconds: float) -> None:
+    def stopped(self, stage: int, account: Account, wall_seconds: float, startup_seconds: float) -> None:
         """The work phase is over on this rank, whose pp rank is `stage`; called once, before `merge`."""
-        self.stages[stage] = StageTime(busy_seconds, wall_seconds)
+        self.stages[stage] = account
         self.wall_seconds, self.startup_seconds = wall_seconds, startup_seconds
 
 
@@ -116,8 +109,6 @@ def merge(parts: Iterable[Metrics]) -> Metrics:
             setattr(whole, name, getattr(whole, name) + getattr(part, name))
         for name in EQUAL_OR_SLOWEST:
             setattr(whole, name, max(getattr(whole, name), getattr(part, name)))
-        for stage, time in part.stages.items():
-            total = whole.stages.setdefault(stage, StageTime())
-            total.busy += time.busy
-            total.wall += time.wall
+        for stage, account in part.stages.items():
+            whole.stages.setdefault(stage, Account()).add(account)
     return whole

@@ -1,17 +1,23 @@
 """The figures at the end of a run: as a dict with `vllm bench`'s names, as JSON, and as a table for people."""
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spmd.report.metrics import LATENCIES, Metrics
 
+log = logging.getLogger("spmd")
+
+FIGURES = "figures.json"  # beside a trace
+
 
 def as_dict(metrics: Metrics) -> dict[str, Any]:
     """Figures of merged metrics, named as `vllm bench serve` saves them. Rates are per second of the work phase.
 
-    `stage_busy_percent` has one number a stage, the mean of its ranks; what is missing to 100 is bubble.
+    `stage_time_percent` has one account a stage (`spmd.trace.account`), the mean of its ranks, whose parts make 100;
+    `stage_busy_percent` is the sum of those in which the stage computed, for good or for nothing.
     A tick's host time is what its Python takes beside `Stage.run`, without waiting for samples, peers or rows.
     `idle_tail_percent` is the share of the run, mean over the replicas, that comes after a replica's last answer.
     """
@@ -38,7 +44,8 @@ def as_dict(metrics: Metrics) -> dict[str, Any]:
         "p99.9_host_ms": 1e3 * m.host.percentile(99.9),
         "max_host_ms": 1e3 * m.host.percentile(100),
         "input_wait_seconds": m.input_wait_seconds,
-        "stage_busy_percent": [100 * _ratio(time.busy, time.wall) for _, time in sorted(m.stages.items())],
+        "stage_busy_percent": [100 * _ratio(account.busy, account.wall) for _, account in sorted(m.stages.items())],
+        "stage_time_percent": [account.percent() for _, account in sorted(m.stages.items())],
         "preemptions": m.preemptions,
         "prefix_cache_hit_tokens": m.cache_hit_tokens,
         "prefix_cache_queried_tokens": m.cache_queried_tokens,
@@ -62,6 +69,15 @@ def write_json(metrics: Metrics, output: str | Path) -> Path:
     return path
 
 
+def write_figures(metrics: Metrics, file: Path) -> None:
+    """Write the figures with the bins of the latencies, for `python -m spmd.report`; no matter if it can't be."""
+    histograms = {name: getattr(metrics, name).bins for name in LATENCIES}
+    try:
+        file.write_text(json.dumps(as_dict(metrics) | {"histograms": histograms}, allow_nan=False) + "\n")
+    except OSError as error:
+        log.warning("%s can't be written: %s", file, error.strerror)
+
+
 def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:
     """The figures for people, in aligned columns, and rows of `more` below; no newline at the end."""
     f = as_dict(metrics)
@@ -82,16 +98,23 @@ def table(metrics: Metrics, more: Iterable[tuple[str, ...]] = ()) -> str:
         ("host (ms)", "p50", "p99.9", "longest"),
         ("  tick", *(f"{f[f'{kind}_host_ms']:,.2f}" for kind in ("median", "p99.9", "max"))),
         ("",),
-        ("stage", "busy", "bubble"),
-        *((f"  {stage}", f"{busy:.1f} %", f"{100 - busy:.1f} %") for stage, busy in enumerate(f["stage_busy_percent"])),
-        ("",),
+    ]
+    below = [
         ("row wait", f"{f['input_wait_seconds']:,.2f} s"),
         ("preempted", f"{f['preemptions']:,}"),
         ("cache hits", f"{100 * _ratio(hits, queried):.1f} %", f"{hits:,} of", f"{queried:,} tokens"),
         *(_balance(f, metrics.replicas) if metrics.replicas > 1 else ()),
         *more,
     ]
-    return "\n".join(_line(*row) for row in rows)
+    stages = shares("stage (%)", f["stage_time_percent"])
+    return "\n".join([*(_line(*row) for row in rows), *stages, "", *(_line(*row) for row in below)])
+
+
+def shares(title: str, percents: Sequence[Mapping[str, float]]) -> list[str]:
+    """Lines of a table of parts that make 100, one for each of `percents`, by its number; all have the same parts."""
+    heads = [title, *(part.removesuffix("_wait").removesuffix("_tail") for part in next(iter(percents), ()))]
+    lines = [[f"  {number}", *(f"{share:.1f}" for share in parts.values())] for number, parts in enumerate(percents)]
+    return [f"{label:<14}" + "".join(f"{cell:>9}" for cell in cells) for label, *cells in (heads, *lines)]
 
 
 def _latency(figures: dict[str, Any], name: str) -> tuple[str, ...]:

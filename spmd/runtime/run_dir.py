@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -27,7 +27,8 @@ def open_run_dir(settings: Settings, topology: Topology) -> Path:
     Raises:
         ValueError: it can't be made, or a rank can't write its log there.
     """
-    chosen = together(topology, lambda: _make_run_dir(settings.run_dir) if topology.rank == 0 else "")
+    folders = ("logs", "trace") if settings.trace else ("logs",)
+    chosen = together(topology, lambda: _make_run_dir(settings.run_dir, folders) if topology.rank == 0 else "")
     run_dir = Path(from_rank_0(topology, chosen))
     together(topology, lambda: _log_to(run_dir / "logs" / f"rank-{topology.rank}.log"))
     log.info("rank %d of %d: %s", topology.rank, topology.world_size, topology)
@@ -55,15 +56,15 @@ def warn(warning: str, rank: int) -> None:
         sys.stderr.write(f"warning: {warning}\n")
 
 
-def _make_run_dir(asked: str | None) -> str:
+def _make_run_dir(asked: str | None, folders: Sequence[str]) -> str:
     started = time.strftime("%Y-%m-%d_%H-%M-%S")
     chosen = asked or f"runs/{os.environ.get('SLURM_JOB_ID', f'{started}-{os.getpid()}')}"
-    logs = Path(chosen) / "logs"
-    with _writing(logs.parent):
-        if logs.exists():  # of an earlier attempt
-            attempts = (logs.parent / f"logs.{number}" for number in count(1))
-            logs.rename(next(path for path in attempts if not path.exists()))
-        logs.mkdir(parents=True)
+    with _writing(Path(chosen)):
+        for folder in (Path(chosen) / name for name in folders):
+            if folder.exists():  # of an earlier attempt
+                attempts = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
+                folder.rename(next(path for path in attempts if not path.exists()))
+            folder.mkdir(parents=True)
     return chosen
 
 

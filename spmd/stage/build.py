@@ -18,6 +18,8 @@ from spmd.stage.cuda_graphs import Forward
 from spmd.stage.inputs import InputBuilder
 from spmd.stage.stage import Stage
 from spmd.topology import Topology
+from spmd.trace.device_clock import DeviceClock
+from spmd.trace.host_clock import HostClock
 
 
 def load_decoder(settings: Settings, topology: Topology, groups: Groups, device: torch.device) -> Decoder:
@@ -61,7 +63,8 @@ def build_stage(
     sampler = make_sampler(arch, device) if topology.is_leader else None
     buckets = s.decode_buckets if device.type == "cuda" and not m.enforce_eager else []
     backend = make_backend(m.attention_backend, decoder, cache, longest, buckets, m.decode_products != "torch")
-    stage = Stage(Forward(decoder, backend), cache, inputs, channel, feedback, sampler)
+    clock = DeviceClock() if device.type == "cuda" else HostClock()
+    stage = Stage(Forward(decoder, backend), cache, inputs, channel, feedback, sampler, clock)
     if device.type == "cuda":
         stage.warm_up(min(rows, longest))
     for decodes in buckets if backend.capturable else ():

@@ -10,12 +10,13 @@ from torch import Tensor
 from spmd.backend.kv_cache import KVCache
 from spmd.parallel.feedback import TokenFeedback
 from spmd.parallel.hidden import HiddenChannel
-from spmd.report.clock import StageClock
 from spmd.sampling.sampler import Sampled, plain_greedy
 from spmd.schedule.plan import Plan
 from spmd.schedule.request import Request
 from spmd.stage.cuda_graphs import Forward
 from spmd.stage.inputs import InputBuilder
+from spmd.trace.host_clock import Clock
+from spmd.trace.phases import Phase
 
 
 class Sampling(Protocol):
@@ -37,6 +38,7 @@ class Stage:
         channel: HiddenChannel | None,
         feedback: TokenFeedback | None,
         sampler: Sampling | None,
+        clock: Clock,
     ) -> None:
         self.forward = forward
         self.cache = cache
@@ -44,7 +46,7 @@ class Stage:
         self.channel = channel
         self.feedback = feedback
         self.sampler = sampler
-        self.clock = StageClock(inputs.device)  # computing; waiting for hidden states is not counted
+        self.clock = clock
 
     @property
     def result_lag(self) -> int:
@@ -53,8 +55,10 @@ class Stage:
 
     def run(self, plan: Plan, shared_rows: int | None = None) -> Sampled | None:
         """See `spmd.engine.Stage`. Where replicas share a forward, an empty plan runs padding, unless all are empty."""
+        clock = self.clock
         if self.feedback:
             self.feedback.receive(plan)
+            clock.end(Phase.FEEDBACK)
         if plan.cleared:
             self.cache.clear(plan.cleared)
         if not plan.requests and not shared_rows:
@@ -62,13 +66,21 @@ class Stage:
         latest = self.feedback.latest if self.feedback else None
         x, batch = self.inputs.build(plan, latest, self._decode_rows(plan, shared_rows))
         batch = replace(batch, shared_rows=shared_rows)
-        x = self._receive(x, len(batch.positions))
-        with self.clock.busy():
-            x = self.forward(x, batch)
-            sampled = self._sample(plan, x) if self.forward.decoder.last and plan.sampled else None
+        rows = len(batch.positions)
+        clock.end(Phase.INPUTS)
+        if not self.forward.decoder.first:
+            x = self._receive(x, rows)
+            clock.end(Phase.HIDDEN)
+        x = self.forward(x, batch)
+        clock.ran(rows, plan.num_decodes + plan.num_prompt_tokens)
+        sampled = None
+        if self.forward.decoder.last and plan.sampled:
+            sampled = self._sample(plan, x)
+            clock.end(Phase.SAMPLE)
         self._send(x)
         if self.feedback and sampled:
             self.feedback.send(plan, sampled.token_ids)
+        clock.end(Phase.SEND)
         return sampled
 
     def _decode_rows(self, plan: Plan, shared_rows: int | None) -> int:

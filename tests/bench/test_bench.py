@@ -16,6 +16,7 @@ from spmd.processes.feeder import Feeder
 from spmd.processes.outlet import Outlet
 from spmd.signals import Stop
 from spmd.topology import Topology
+from spmd.trace.timeline import read
 from tests.support.jobs import ROOT, run, run_here
 from tests.support.tiny_tokenizer import make_tokenizer
 
@@ -46,6 +47,12 @@ def test_figures_with_a_floor(tmp_path: Path) -> None:
     assert figures["floor_output_throughput"] * figures["floor_percent"] / 100 == pytest.approx(
         figures["output_throughput"]
     )
+    for stage in (0, 1):
+        parts, of_floor = figures["stage_time_percent"][stage], figures["stage_floor_percent"][stage]
+        assert sum(parts.values()) == pytest.approx(100, abs=1) and sum(of_floor.values()) == pytest.approx(100, abs=1)
+        busy = sum(parts[part] for part in ("forward", "sample", "padding", "dummy"))
+        assert busy == pytest.approx(figures["stage_busy_percent"][stage]) and min(parts.values()) >= 0
+    assert max(parts["floor"] for parts in figures["stage_floor_percent"]) == pytest.approx(figures["floor_percent"])
     assert list(figures["startup_phases"]) == ["imports", "processes", "weights", "cache and kernels", "warm-up"]
     assert sum(figures["startup_phases"].values()) <= figures["startup_seconds"] * 1.000001
     assert {line.split()[0] for line in told[:-1] if line} >= {"rows", "floor", "read"}
@@ -121,3 +128,21 @@ def test_a_bench_that_is_stopped_while_it_warms_up_has_no_figures(
     warm_up_lasts = ("workload.input_len=[200,200]", "scheduler.max_num_batched_tokens=16")
     assert run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *RATES, *warm_up_lasts, work=bench_here) == 75
     assert capfd.readouterr().out == "stopped by SIGTERM on rank 0 while warming up: no figures\n"
+
+
+def test_a_bench_that_fails_leaves_its_trace_and_no_figures_of_its_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticked = Engine.tick
+
+    def ticks(self: Engine, number: int) -> None:
+        if number == 20:  # the warm-up takes fewer
+            raise ZeroDivisionError
+        ticked(self, number)
+
+    monkeypatch.setattr(Engine, "tick", ticks)
+    with pytest.raises(ZeroDivisionError):
+        run_here(f"run_dir={tmp_path}", *SMALL, *ROOM, *LONG, "trace=true", work=bench_here)
+    assert [file.name for file in (tmp_path / "trace").iterdir()] == ["rank-0.bin"]
+    (trace,) = read(tmp_path / "trace")
+    assert trace.counts["tick"].tolist() == list(range(20))

@@ -12,6 +12,7 @@ from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, Wo
 from spmd.model.architecture import Architecture, GroupedQuery, LayerSpec, read_architecture
 from spmd.model.cost import head_params, layer_params
 from spmd.runtime.compose import CONF
+from spmd.trace.account import PARTS, Account
 from tests.support.settings import settled
 
 H200 = Rates(bandwidth=4.24e12, flops=785e12)
@@ -114,8 +115,9 @@ def test_products_bound_decode_where_they_take_longer_than_weights() -> None:
 def test_figures_and_their_lines() -> None:
     work = [Work(6e9, 2e9, 0.0, 1e12), Work(8e9, 4e9, 0.0, 0.0)]
     rates = Rates(4e9, 1e12)
-    found = figures(work, rates, seconds=6.0, output_tokens=300)
+    found = figures(work, rates, seconds=6.0, output_tokens=300, accounts=[])
     assert found == {
+        "stage_floor_percent": [],
         "floor_output_throughput": 100.0,
         "floor_percent": 50.0,
         "achieved_bandwidth": 2e9,
@@ -123,9 +125,28 @@ def test_figures_and_their_lines() -> None:
         "device_flops": 1e12,
     }
     assert lines(found) == [("floor", "100.0 tok/s", "50.0 % reached"), ("read", "2.0 GB/s", "of 4.0 GB/s")]
-    unknown = figures(work, None, seconds=6.0, output_tokens=300)
+    unknown = figures(work, None, seconds=6.0, output_tokens=300, accounts=[])
     assert unknown == dict.fromkeys(found) | {"achieved_bandwidth": 2e9}
     assert lines(unknown) == [("read", "2.0 GB/s")]
+
+
+def test_what_the_floor_is_not_is_told_part_by_part() -> None:
+    """Two replicas of two stages, in ten seconds; a stage's account is the sum over its ranks."""
+    work = [Work(8e9, 0.0, 0.0, 0.0), Work(20e9, 0.0, 0.0, 0.0), Work(16e9, 0.0, 0.0, 0.0), Work(20e9, 0.0, 0.0, 0.0)]
+    parts = dict.fromkeys(PARTS, 0.0)
+    accounts = [
+        Account(parts | {"forward": 8.0, "hidden_wait": 10.0, "idle_tail": 2.0}),
+        Account(parts | {"forward": 14.0, "sample": 1.0, "padding": 1.0, "host": 4.0}),
+    ]
+    found = figures(work, Rates(4e9, 1e12), 10.0, 300, accounts)
+    first, second = found["stage_floor_percent"]
+    assert {part: share for part, share in first.items() if share} == pytest.approx(
+        {"floor": 30.0, "slower": 10.0, "hidden_wait": 50.0, "idle_tail": 10.0}
+    )
+    assert {part: share for part, share in second.items() if share} == pytest.approx(
+        {"floor": 50.0, "slower": 25.0, "padding": 5.0, "host": 20.0}
+    )
+    assert found["floor_percent"] == second["floor"], "the slowest stage's"
 
 
 def test_replicas_that_share_experts_read_their_own_alone() -> None:

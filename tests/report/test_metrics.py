@@ -3,9 +3,10 @@ import random
 
 import pytest
 
-from spmd.report.metrics import Clock, Metrics, StageTime, merge
+from spmd.report.metrics import Clock, Metrics, merge
 from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
+from spmd.trace.account import PARTS, Account
 
 
 def request(index: int, choice: int = 0, prompt_len: int = 10) -> Request:
@@ -76,15 +77,20 @@ def test_merge_equals_single() -> None:
     assert merge(parts) == merge([single]) == single
 
 
-def test_merge_sums_busy_time_by_stage_and_keeps_the_slowest_wall() -> None:
+def account(**seconds: float) -> Account:
+    return Account(dict.fromkeys(PARTS, 0.0) | seconds)
+
+
+def test_merge_adds_the_accounts_of_a_stage_and_keeps_the_slowest_wall() -> None:
     parts = [Metrics() for _ in range(4)]
     for rank, part in enumerate(parts):
-        part.stopped(stage=rank % 2, busy_seconds=rank, wall_seconds=10 + rank, startup_seconds=5 - rank)
+        part.stopped(rank % 2, account(forward=rank, host=10), wall_seconds=10 + rank, startup_seconds=5 - rank)
         part.preemptions = rank
     whole = merge(parts)
-    assert whole.stages == {0: StageTime(2, 22), 1: StageTime(4, 24)}
+    assert whole.stages == {0: account(forward=2, host=20), 1: account(forward=4, host=20)}
+    assert (whole.stages[1].busy, whole.stages[1].wall) == (4, 24)
     assert (whole.wall_seconds, whole.startup_seconds, whole.preemptions) == (13, 5, 6)
-    assert parts[0].stages == {0: StageTime(0, 10)}
+    assert parts[0].stages == {0: account(host=10)}
 
 
 def test_merge_keeps_what_all_ranks_know_and_sums_what_each_replica_saw() -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from spmd.report.metrics import Clock, Metrics
-from spmd.report.summary import as_dict, json_line, table, write_json
+from spmd.report.summary import as_dict, json_line, table, write_figures, write_json
 from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
+from spmd.trace.account import PARTS, Account
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def metrics() -> Metrics:
     for now in (2.0, 2.5, 3.0):
         metrics.sampled([clock], now)
     metrics.finished(Request(0, 0, Prompt([1] * 3_000), SamplingParams()), clock, 3.0)
-    metrics.stopped(stage=0, busy_seconds=9.0, wall_seconds=10.0, startup_seconds=4.0)
-    metrics.stopped(stage=1, busy_seconds=7.5, wall_seconds=10.0, startup_seconds=4.0)
+    for stage, parts in enumerate(({"forward": 8.5, "sample": 0.5, "host": 1.0}, {"forward": 7.5, "hidden_wait": 2.5})):
+        metrics.stopped(stage, Account(dict.fromkeys(PARTS, 0.0) | parts), wall_seconds=10.0, startup_seconds=4.0)
     metrics.input_wait_seconds = 1.5
     metrics.host.add(0.00025, 999)
     metrics.host.add(0.009)
@@ -42,6 +43,9 @@ def test_figures_have_vllms_names(metrics: Metrics) -> None:
     }
     assert {key: figures[key] for key in expected} == pytest.approx(expected)
     assert figures["stage_busy_percent"] == pytest.approx([90.0, 75.0])
+    first, second = figures["stage_time_percent"]
+    assert sum(first.values()) == pytest.approx(100) and (first["forward"], first["host"]) == pytest.approx((85, 10))
+    assert sum(second.values()) == pytest.approx(100) and second["hidden_wait"] == pytest.approx(25)
     assert figures["median_itl_ms"] == pytest.approx(500, rel=0.01)
     assert figures["p99_e2el_ms"] == pytest.approx(3_000, rel=0.01)
 
@@ -58,8 +62,9 @@ def test_table_holds_the_figures_in_aligned_columns(metrics: Metrics) -> None:
         "TPOT": ("500.00",),
         "ITL": ("500.00",),
         "E2EL": ("3,000.00",),
-        "0": ("90.0 %", "10.0 %"),
-        "1": ("75.0 %", "25.0 %"),
+        "stage": ("(%)", "forward", "padding", "dummy", "hidden", "host", "idle"),
+        "0": ("85.0", "5.0", "10.0"),
+        "1": ("75.0", "25.0"),
         "tick": ("0.25", "9.0"),
         "row": ("1.50 s",),
         "preempted": ("17",),
@@ -90,3 +95,12 @@ def test_json_is_valid_also_when_nothing_was_done(metrics: Metrics, tmp_path: Pa
         assert path == tmp_path / "answers.summary.json"
         assert json.loads(path.read_text()) == as_dict(each)
         assert table(each)
+
+
+def test_figures_of_a_trace_that_cant_be_written_are_done_without(
+    metrics: Metrics, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_figures(metrics, tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text())["histograms"]["ttft"]
+    write_figures(metrics, tmp_path / "missing" / "figures.json")
+    assert "can't be written" in caplog.text

@@ -4,7 +4,7 @@ from time import perf_counter
 
 import pytest
 
-from spmd.report.clock import Phases
+from spmd.report.startup import Phases
 
 
 def test_phases_follow_one_another_and_fill_the_whole_time() -> None:
