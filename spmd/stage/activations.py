@@ -12,6 +12,7 @@ from spmd.settings import Settings
 
 MARGIN = 1.2
 SAMPLING_BYTES = 46  # of each logit, with penalties and top_p, the most there is (counted in `Sampler.sample`)
+KERNEL_SAMPLING_BYTES = 16  # likewise by the kernel: token counts as their table grows, and logits that topk takes
 
 
 def activation_bytes(settings: Settings, last: bool) -> int:
@@ -23,7 +24,7 @@ def activation_bytes(settings: Settings, last: bool) -> int:
     if not fused:
         peak += _score_elements(settings) * size
     if last:
-        peak = max(peak, 2 * rows * arch.hidden_size * size + _head_bytes(settings, rows))
+        peak = max(peak, 2 * rows * arch.hidden_size * size + _head_bytes(settings, rows, fused))
     kept = 2 * WORKSPACE_BYTES if fused else _buffer_tokens(settings) * arch.cache_spec(0, t.tp).token_bytes
     if t.pp > 1:  # hidden states on their way to the next stage
         kept += settings.slots * rows * arch.hidden_size * size
@@ -72,11 +73,12 @@ def _score_elements(settings: Settings) -> int:
     return 2 * heads * scored + len(set(arch.windows)) * masked
 
 
-def _head_bytes(settings: Settings, rows: int) -> int:
+def _head_bytes(settings: Settings, rows: int, fused: bool) -> int:
     """Logits of this rank's slice of the vocabulary, and on the leader of all of it, with what the sampler makes."""
     arch, tp = settings.arch, settings.topology.tp
     samples, local = min(settings.scheduler.max_num_seqs, rows), arch.padded_vocab_size(tp) // tp
-    return samples * (local * arch.dtype.itemsize + arch.vocab_size * SAMPLING_BYTES)
+    sampling = KERNEL_SAMPLING_BYTES if fused else SAMPLING_BYTES
+    return samples * (local * arch.dtype.itemsize + arch.vocab_size * sampling)
 
 
 def _graph_elements(settings: Settings, fused: bool, last: bool) -> int:
