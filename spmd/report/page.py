@@ -103,8 +103,13 @@ def excerpts(traces: Sequence[RankTrace]) -> list[tuple[int, int]]:
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    cells = [f"<div><b>{figures[name]:,.4g}</b><span>{label}</span></div>" for name, label in FIGURES]
+    cells = [f"<div><b>{_short(figures[name])}</b><span>{label}</span></div>" for name, label in FIGURES]
     return f"<div class=figures>{''.join(cells)}</div>"
+
+
+def _short(number: float) -> str:
+    """With four digits at least, and no more than those behind the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def _shares(traces: Sequence[RankTrace], cuts: Sequence[Cut]) -> str:
