@@ -125,10 +125,11 @@ class SchedulerConfig:
         least=0,
     )
     policy: str = key(
-        "fcfs",
-        "Who is admitted first: in the order of the input, or by the rows' priority (smaller is earlier), of the "
-        "2 * max_num_seqs rows that a replica has read ahead.",
-        choices=("fcfs", "priority"),
+        "longest",
+        "Which rows come first. longest: of the next ones, as many as 4 times all seats, those with most max_tokens, "
+        "so that the last to run are short; fcfs: in the order of the input; priority: by the rows' priority (smaller "
+        "is earlier), of the 2 * max_num_seqs that a replica has read ahead.",
+        choices=("longest", "fcfs", "priority"),
     )  # fmt: skip
     prefix_caching: bool = key(True, "Prompts that begin alike share the KV blocks of what they have in common.")
     decode_cap: bool = key(

@@ -100,7 +100,7 @@ def _finish(
     else:
         more = f", {done:,} more can't be answered" if done else ""
         print(f"nothing to do: all {earlier} rows were done by earlier runs{more}")
-    if reader.prioritized and files.settings.scheduler.policy == "fcfs":
+    if reader.prioritized and files.settings.scheduler.policy != "priority":
         print(f"priority: not looked at in {reader.prioritized:,} rows; scheduler.policy=priority does")
     if unused:
         print(f"put aside: {unused:,} answers of rows that are not in the input now, in {files.journal.paths.unused}")

@@ -181,7 +181,7 @@ class RunFiles:
         )
         place = from_each(self.topology, path)[ranks[0]]
         assert place is not None
-        return PreparedRows(place, ranks.index(rank), len(ranks), self.reader(snapshot))
+        return PreparedRows(place, ranks.index(rank), len(ranks), self.reader(snapshot), self.settings.seats_to_fill)
 
     def _start(self, snapshot: Snapshot, capacity: int, feeder: Feeder, outlet: Outlet) -> None:
         if feeder.loaded:

@@ -103,6 +103,11 @@ class Settings(Config):
         topology = replace(self.asked.topology, **changes)
         return resolve(replace(self.asked, topology=topology), self.arch, torch.device(self.kind))
 
+    @property
+    def seats_to_fill(self) -> int:
+        """Those of all replicas where rows come longest first, else 0; see `spmd.schedule.longest_first`."""
+        return self.topology.dp * self.scheduler.max_num_seqs if self.scheduler.policy == "longest" else 0
+
     def sized(self, num_blocks: int) -> "Settings":
         """With the number of KV blocks that a replica got."""
         return replace(self, scheduler=replace(self.scheduler, num_blocks=num_blocks))

@@ -44,7 +44,9 @@ def _answer_ids(
     worker: Worker, workload: WorkloadConfig, watch: Watch = unwatched, outlet: Outlet | None = None
 ) -> Metrics | None:
     settings = worker.settings
-    source = Workload(workload, settings.arch.vocab_size, settings.longest, sampling_of_rows(settings))
+    source = Workload(
+        workload, settings.arch.vocab_size, settings.longest, sampling_of_rows(settings), settings.seats_to_fill
+    )
     leader = Leader(None, Metrics(), outlet) if worker.topology.is_leader else None
     return worker.run(source, leader, watch)
 

@@ -4,12 +4,12 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
 
 from spmd.api.endpoints import COMPLETIONS
 from spmd.api.rows import BadRow, Job
 from spmd.api.source import SKIPPED, Skipped
 from spmd.config import WorkloadConfig
+from spmd.schedule.longest_first import longest_first
 from spmd.schedule.prompt import Prompt
 from spmd.schedule.request import Request, SamplingParams
 
@@ -40,8 +40,12 @@ class Workload:
 
     waited = 0.0
 
-    def __init__(self, workload: WorkloadConfig, vocab_size: int, longest: int, params: SamplingParams) -> None:
+    def __init__(
+        self, workload: WorkloadConfig, vocab_size: int, longest: int, params: SamplingParams, seats: int = 0
+    ) -> None:
         """A request can have `longest` tokens. All ask for `params`, but each for as many tokens as its row has.
+
+        `seats`: see `longest_first`.
 
         Raises:
             ValueError: a row may have more.
@@ -53,16 +57,15 @@ class Workload:
                 f"workload.input_len={w.input_len} and workload.output_len={w.output_len} need {needed} tokens, "
                 f"a request can have {longest} (model.max_model_len, scheduler.num_blocks)"
             )
-        self._prompts = iter(list(prompts(w, vocab_size)))  # drawing them is not what is measured
+        drawn = list(enumerate(prompts(w, vocab_size)))  # drawing them is not what is measured
+        self._rows = longest_first(drawn, lambda row: row[1][1], lambda row: 4 * len(row[1][0]), seats)
         self._params = params
-        self._numbers = count()
 
     def next_row(self, own: bool) -> Job | BadRow | Skipped | None:
-        if (drawn := next(self._prompts, None)) is None:
+        if (drawn := next(self._rows, None)) is None:
             return None
-        index = next(self._numbers)
         if not own:
             return SKIPPED
-        tokens, output = drawn
+        index, (tokens, output) = drawn
         params, prompt = replace(self._params, max_tokens=output), Prompt(tokens)
         return Job(index, f"row-{index}", COMPLETIONS, [Request(index, 0, prompt, params, stream=index)], [prompt])

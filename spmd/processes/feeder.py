@@ -30,7 +30,7 @@ from spmd.config import SamplingConfig
 from spmd.journal.key_table import KeyTable
 from spmd.messages import first_line
 from spmd.processes.child import fork
-from spmd.processes.folder import AHEAD, NAP, Batch, Folder
+from spmd.processes.folder import AHEAD, NAP, Batch, Built, Folder
 from spmd.processes.packed import pack
 from spmd.schedule.blocks import hash_blocks
 
@@ -199,7 +199,7 @@ def build(block: Block, parser: RowParser, block_size: int | None) -> Batch:
     if block_size is not None:
         for prompt in (prompt for row in built if isinstance(row, Job) for prompt in row.prompts):
             prompt.hashes = hash_blocks(prompt.tokens, block_size)
-    rows = [(num_requests(row), pack(row)) for row in built]
+    rows = [Built(num_requests(row), _tokens(row), pack(row)) for row in built]
     return Batch(
         rows, block.met, block.num_rows, block.consumed, block.prioritized, parser.begun_twice - before, block.last
     )
@@ -279,6 +279,10 @@ def _build_blocks(parser: RowParser, block_size: int | None, folder: Folder, fee
     except Exception as error:
         with suppress(OSError):
             folder.fail(f"{type(error).__name__}: {first_line(error)}")
+
+
+def _tokens(row: Job | BadRow) -> int | None:
+    return max(request.params.max_tokens for request in row.requests) if isinstance(row, Job) else None
 
 
 def _build(line: Line, parser: RowParser) -> Job | BadRow:

@@ -29,10 +29,18 @@ PREFIX = "spmd-rows-"
 LOCK, TAKEN, FAILED = "feeder", "taken", "failed"
 
 
+class Built(NamedTuple):
+    """A row that is to be answered."""
+
+    num_requests: int
+    tokens: int | None  # most that one of them may be given; None: the row can't be answered
+    packed: bytes  # see `spmd.processes.packed`
+
+
 class Batch(NamedTuple):
     """Some rows of the input, one behind the other. Which ones is a function of the input alone."""
 
-    rows: list[tuple[int, bytes]]  # those to answer: how many requests each has, and its packed form
+    rows: list[Built]  # those to answer
     met: list[tuple[int, int]]  # rows done before: the place of each in the table of keys, and its number
     num_rows: int  # of the input gone through by the end of this batch
     consumed: int  # bytes of the input likewise

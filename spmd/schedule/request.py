@@ -85,6 +85,7 @@ class Request:
     full_length: int = field(init=False)  # `scheduled` once its last token by max_tokens is planned, which has no row
     plain_from: float = field(init=False)  # tokens from this position on are `params.plain`; inf: none
     # How far it has come. Written by the scheduler alone, on every rank of a replica alike; read by all.
+    turn: int = -1  # requests that came before it
     output: list[int] = field(default_factory=list)  # committed token ids
     scheduled: int = 0  # tokens whose keys and values are computed or planned
     in_flight: int = 0  # plans that hold this request and aren't committed

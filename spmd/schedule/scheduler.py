@@ -330,8 +330,8 @@ class Scheduler:
         self.num_ordinary -= not request.aside
         request.blocks, request.seat, request.scheduled, request.num_registered = [], -1, 0, 0
 
-    def _order(self, request: Request) -> tuple[int, int, int]:
-        return (request.priority if self.limits.by_priority else 0, request.index, request.choice)
+    def _order(self, request: Request) -> tuple[int, int]:
+        return (request.priority if self.limits.by_priority else 0, request.turn)
 
     # -- invariants ----------------------------------------------------------------------------------------------
 

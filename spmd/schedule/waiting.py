@@ -27,7 +27,8 @@ class Waiting:
         self.queue: list[Request] = []  # by order
         self.aside: list[Request] = []  # likewise
         self.rows_aside = 0  # of which nobody is seated
-        self.prompts = 0  # that came so far
+        self.came = 0  # requests so far
+        self.prompts = 0  # of these
         self.doublings = 0  # binary digits of their lengths, added up
 
     def __iter__(self) -> Iterator[Request]:
@@ -36,6 +37,8 @@ class Waiting:
 
     def come(self, request: Request) -> None:
         """A request is new."""
+        request.turn = self.came
+        self.came += 1
         if request.choice == 0:
             self.prompts += 1
             self.doublings += request.prompt_len.bit_length()
