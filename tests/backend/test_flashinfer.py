@@ -34,10 +34,10 @@ KINDS = {"prompts", "mixed", "decodes", "padded decodes"}
 
 BACKENDS: dict[str, tuple[str, bool, list[int]]] = {  # attention_backend, enforce_eager, mixed_buckets
     "torch": ("torch", True, []),
-    "torch_padded": ("torch", True, [8, 64]),
+    "torch_padded": ("torch", True, [8, 96]),
     "torch_graphs": ("torch", False, []),
     "flashinfer": ("flashinfer", True, []),
-    "flashinfer_padded": ("flashinfer", True, [8, 64]),
+    "flashinfer_padded": ("flashinfer", True, [8, 96]),
     "flashinfer_graphs": ("flashinfer", False, []),
     "flashinfer_mixed_graphs": ("flashinfer", False, [8, 48, 96]),
 }

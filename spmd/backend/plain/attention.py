@@ -35,8 +35,8 @@ class AttentionPlan:
 
     def __init__(self, batch: Batch, gather: BlockGather, num_heads: int, windows: Iterable[int | None]) -> None:
         """`num_heads` are this rank's query heads, `windows` the sliding windows of the layers that will call."""
-        assert batch.num_decodes + sum(span.count for span in batch.prefills) == len(batch.positions)
         self.batch = batch
+        self.padding = len(batch.positions) - batch.num_decodes - sum(span.count for span in batch.prefills)
         self.gather = gather
         self.cache = cache = gather.cache
         self.group = num_heads // cache.kv_heads
@@ -66,6 +66,8 @@ class AttentionPlan:
             else:
                 keys, values = self.gather.read(layer, index, 1)
             parts += [self._attend_tile(q[rows], keys, values, tile) for tile in tiles]
+        if self.padding:
+            parts.append(q.new_zeros(self.padding, q[0].numel()))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_tile(self, q: Tensor, keys: Tensor, values: Tensor, tile: Tile) -> Tensor:
