@@ -154,10 +154,11 @@ class BalanceConfig:
         "dynamic: the next row goes to the replica that lacks most; static: rows are dealt out in turn.",
         choices=("dynamic", "static"),
     )
-    gate: str = key(
-        "off",
+    gate: str | None = key(
+        None,
         "When replicas admit new requests. off: whenever there is a seat; saturated: not while some replica has all "
-        "its seats taken; near: all but one; interval: at every balance.interval-th tick.",
+        "its seats taken; near: all but one; interval: at every balance.interval-th tick. null: saturated where "
+        "replicas share experts, as their prompts hold each other up there, else off.",
         choices=("off", "saturated", "near", "interval"),
     )
     interval: int = key(2, "Ticks from one admission to the next with gate=interval.", least=1)

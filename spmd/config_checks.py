@@ -29,7 +29,7 @@ def check(config: Config, world_size: int) -> None:
 def warnings(config: Config) -> list[str]:
     """What is allowed but rarely meant."""
     t, s, found = config.topology, config.scheduler, []
-    if t.dp == 1 and config.balance.gate != "off":
+    if t.dp == 1 and config.balance.gate not in (None, "off"):
         found.append(f"balance.gate={config.balance.gate} does nothing with topology.dp=1: there is nobody to wait for")
     if s.decode_cap and s.max_num_seqs % t.pp and s.async_depth == 0:
         used = s.max_num_seqs // t.pp * t.pp

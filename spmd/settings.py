@@ -17,7 +17,7 @@ import torch
 from spmd.api.sampling_keys import default_sampling
 from spmd.api.tokenizer import load_generation_config
 from spmd.backend.choose import Name, choose_backend, default_block_size
-from spmd.config import Config, ModelConfig, SchedulerConfig, TopologyConfig, keys, value_of
+from spmd.config import BalanceConfig, Config, ModelConfig, SchedulerConfig, TopologyConfig, keys, value_of
 from spmd.config_checks import decode_rows
 from spmd.model.architecture import Architecture, check_topology, read_architecture
 from spmd.model.checkpoint import as_stored
@@ -64,12 +64,20 @@ class SchedulerSettings(SchedulerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BalanceSettings(BalanceConfig):
+    """`balance.*` without nulls."""
+
+    gate: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings(Config):
     """A `Config` without nulls, and what else is known of the model before its weights are loaded."""
 
     model: ModelSettings
     topology: TopologySettings
     scheduler: SchedulerSettings
+    balance: BalanceSettings
     asked: Config  # what it was worked out from
     arch: Architecture  # as the device computes it
     kind: str  # of device: cuda or cpu
@@ -165,10 +173,12 @@ def resolve(config: Config, arch: Architecture, device: torch.device) -> Setting
         "tokenizer": m.tokenizer or m.path,
         "attention_backend": backend,
     }
+    gate = config.balance.gate or ("saturated" if t.ep and t.dp > 1 else "off")
     sections = {
         "model": ModelSettings(**model),
         "topology": TopologySettings(**vars(t) | {"layers": layers}),
         "scheduler": scheduler,
+        "balance": BalanceSettings(**vars(config.balance) | {"gate": gate}),
     }
     return Settings(
         **vars(config) | sections,

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from spmd.config import Config, ModelConfig, SamplingConfig, SchedulerConfig, TopologyConfig
+from spmd.config import BalanceConfig, Config, ModelConfig, SamplingConfig, SchedulerConfig, TopologyConfig
 from spmd.model.architecture import read_architecture
 from spmd.runtime.compose import CONF, register_schema
 from spmd.settings import worked_out
@@ -34,6 +34,15 @@ def test_plans_with_prompts_are_padded_for_graphs_where_launches_take_longer_tha
     experts = read_architecture(str(CONF / "shapes" / "qwen3_30b_a3b"))
     cases = [(Config(), EIGHT_B, "cpu"), (Config(), experts, "cuda"), *((each, small, "cuda") for each in without)]
     assert not any(settled(*case).scheduler.mixed_buckets for case in cases)
+
+
+@pytest.mark.parametrize(("dp", "ep", "gate"), [(1, False, "off"), (2, False, "off"), (2, True, "saturated")])
+def test_replicas_that_share_experts_are_gated(dp: int, ep: bool, gate: str) -> None:
+    experts = read_architecture(str(CONF / "shapes" / "qwen3_30b_a3b"))
+    config = Config(topology=TopologyConfig(dp=dp, ep=ep))
+    assert settled(config, experts, "cuda").balance.gate == gate
+    asked = replace(config, balance=BalanceConfig(gate="off"))
+    assert settled(asked, experts, "cuda").balance.gate == "off"
 
 
 def test_a_plan_can_be_padded_to_no_more_than_it_may_have() -> None:
