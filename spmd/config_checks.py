@@ -50,8 +50,8 @@ def _check_each(config: Config) -> None:
     """What the schema says of single keys."""
     members = keys()
     for name, member in members.items():
-        choices = member.metadata["choices"]
-        if choices and (value := value_of(config, name)) not in choices:
+        choices, value = member.metadata["choices"], value_of(config, name)
+        if choices and value not in choices and not (value is None and member.default is None):
             raise ValueError(f"{name}={value} is not one of {', '.join(choices)}")
     for name, member in members.items():
         least = member.metadata["least"]
