@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoTokenizer
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from spmd.api.token_bytes import UNFINISHED, decode, finished_text
@@ -34,8 +35,6 @@ def load_tokenizer(path: str, revision: str | None = None, now: datetime | None 
     Raises:
         ValueError: one line that names the path and the reason.
     """
-    from transformers import AutoTokenizer  # with all that some versions import for it, seconds: not for runs on ids
-
     names = sorted(os.listdir(path)) if os.path.isdir(path) else None
     if names is not None and not any(name.startswith(TOKENIZER_FILES) for name in names):
         return None
