@@ -43,7 +43,8 @@ BACKENDS: dict[str, tuple[str, bool, list[int]]] = {  # attention_backend, enfor
 }
 gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")]
 everywhere = pytest.mark.parametrize(
-    "backend", [name if name in ("torch", "torch_padded") else pytest.param(name, marks=gpu) for name in BACKENDS]
+    "backend",
+    [name if name == "torch" else pytest.param(name, marks=gpu) for name in BACKENDS if name != "torch_padded"],
 )
 
 
@@ -180,6 +181,11 @@ def test_logits_of_wide_batches(backend: str, monkeypatch: pytest.MonkeyPatch) -
     """Those that count as wide from the first row on."""
     monkeypatch.setattr("spmd.backend.cuda.flashinfer.MIN_WIDE_ROWS_TIMES_HEADS", 1)
     compare(shape(128, None, True), backend, block_size=64)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_logits_with_padding_behind_prompts(alone: bool) -> None:
+    compare(shape(64, 24, True), "torch_padded", alone=alone)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("flashinfer_mixed_graphs", marks=gpu)])
