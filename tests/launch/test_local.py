@@ -72,7 +72,7 @@ def test_threads_do_not_spin_where_others_use_the_cores(venv: Path) -> None:
     python, cores = venv / "bin" / "python", os.cpu_count() or 1
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores + 1)]
     try:
-        shared = launch(python=python, OMP_NUM_THREADS="2").stdout.splitlines()
+        shared = launch(python=python, OMP_NUM_THREADS="2", GOMP_SPINCOUNT="").stdout.splitlines()
         alone = launch(python=python, OMP_NUM_THREADS="1").stdout.splitlines()
         asked = launch(python=python, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="active").stdout.splitlines()
     finally:
