@@ -43,6 +43,7 @@ from spmd.stage.stage import Stage
 from spmd.topology import Topology
 from spmd.trace.alignment import measure
 from spmd.trace.recorder import recording
+from spmd.trace.tick_file import place
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,7 @@ class Worker:
         hosts = from_each(t, host())
         offset = measure(t.rank, hosts)
         about = {
-            "rank": t.rank,
-            "dp": t.dp,
-            "pp": t.pp,
-            "tp": t.tp,
-            "dp_rank": t.dp_rank,
-            "pp_rank": t.pp_rank,
-            "tp_rank": t.tp_rank,
+            **place(t),
             "host": hosts[t.rank],
             "offset_ns": offset.ns,
             "offset_error_ns": offset.error_ns,

@@ -199,7 +199,7 @@ def build(block: Block, parser: RowParser, block_size: int | None) -> Batch:
     if block_size is not None:
         for prompt in (prompt for row in built if isinstance(row, Job) for prompt in row.prompts):
             prompt.hashes = hash_blocks(prompt.tokens, block_size)
-    rows = [Built(num_requests(row), _tokens(row), pack(row)) for row in built]
+    rows = [Built(num_requests(row), _tokens(row, parser.longest), pack(row)) for row in built]
     return Batch(
         rows, block.met, block.num_rows, block.consumed, block.prioritized, parser.begun_twice - before, block.last
     )
@@ -281,8 +281,12 @@ def _build_blocks(parser: RowParser, block_size: int | None, folder: Folder, fee
             folder.fail(f"{type(error).__name__}: {first_line(error)}")
 
 
-def _tokens(row: Job | BadRow) -> int | None:
-    return max(request.params.max_tokens for request in row.requests) if isinstance(row, Job) else None
+def _tokens(row: Job | BadRow, longest: int) -> int | None:
+    """See `Built`. Rows that may go on until nothing more fits are alike, `longest`, however long their prompts are."""
+    if isinstance(row, BadRow):
+        return None
+    asked = max(request.params.max_tokens for request in row.requests)
+    return longest if any(r.prompt_len + r.params.max_tokens >= longest for r in row.requests) else asked
 
 
 def _build(line: Line, parser: RowParser) -> Job | BadRow:

@@ -2,7 +2,7 @@
 
 Replicas fill their seats until the list ends. What starts last then decides how long some seats run while others are
 empty, so it had better be short: longest processing time first (Graham 1969). How long a row runs is known by its
-max_tokens alone. Where all rows have the same, they come as they are; where they differ, a window of the rows that
+max_tokens alone. Where that is the same for all, they come as they are; where it differs, a window of the rows that
 come next is kept, from which the longest is taken. It grows as rows are taken, so that the first ones needn't wait for
 all of it to be read. The order is a function of the list, equal on all ranks.
 """

@@ -30,9 +30,10 @@ from collections import deque
 from collections.abc import Sequence
 
 from spmd.integers import ceil_div, round_up
-from spmd.schedule.blocks import BlockPool, hash_block
+from spmd.schedule.blocks import BlockPool
 from spmd.schedule.limits import Counters, Limits
 from spmd.schedule.plan import Plan
+from spmd.schedule.prefix import known_prefix, register
 from spmd.schedule.request import NO_TOKEN, Request
 from spmd.schedule.waiting import Waiting
 
@@ -138,7 +139,7 @@ class Scheduler:
             request.scheduled += 1
             request.in_flight += 1
             if request.scheduled % size == 0:
-                self._register(request)
+                register(request, self.pool)
 
     def _decode_cap(self) -> int:
         """Rows for this slot: an equal share of all decodes, so that 8 requests in 2 slots run 4/4 and not 8/0."""
@@ -199,7 +200,7 @@ class Scheduler:
             plan.add_chunk(request, count)
             request.scheduled += count
             request.in_flight += 1
-            self._register(request)
+            register(request, self.pool)
             if request.scheduled == request.num_tokens:
                 self.prefilling.remove(request)
                 self.num_decoding += 1
@@ -225,7 +226,7 @@ class Scheduler:
         if not (line := self._line()) or not self._free_seats or len(plan.new_blocks) >= MOST_NEW_BLOCKS:
             return None
         request = line[0]
-        shared = self._known_prefix(request)
+        shared = known_prefix(request, self.pool)
         needed = ceil_div(request.num_tokens, self.pool.block_size) - len(shared)
         if needed > self.pool.num_free - self.pool.num_idle(shared):
             return None
@@ -242,38 +243,6 @@ class Scheduler:
             self.counters.queried_tokens += request.num_tokens
             self.counters.cached_tokens += request.scheduled
         return request
-
-    def _known_prefix(self, request: Request) -> list[int]:
-        """Cached blocks of the request's tokens; never all of them, since the last token's logits must be computed."""
-        if not self.pool.caching or request.alone:
-            return []
-        most = (request.num_tokens - 1) // self.pool.block_size
-        return self.pool.find(self._hash(request, index) for index in range(most))
-
-    def _hash(self, request: Request, index: int) -> bytes:
-        """Content hash of a full block of a request, whose blocks are asked for in order.
-
-        Each is computed once, those that hold nothing but prompt once for all choices of that.
-        """
-        size = self.pool.block_size
-        shared = request.prompt_len // size
-        hashes, at = (request.prompt.hashes, index) if index < shared else (request.hashes, index - shared)
-        if at == len(hashes):
-            parent = self._hash(request, index - 1) if index else b""
-            hashes.append(hash_block(parent, request.tokens(index * size, (index + 1) * size)))
-        return hashes[at]
-
-    def _register(self, request: Request) -> None:
-        """Let others share the blocks that are full by now.
-
-        The content will be there in time: every stage runs plans in order, and writes a plan's keys and values before
-        it reads them.
-        """
-        full = request.num_known // self.pool.block_size
-        if self.pool.caching and full > request.num_registered:
-            for index in range(request.num_registered, full):
-                self.pool.register(request.blocks[index], self._hash(request, index))
-            request.num_registered = full
 
     # -- commit --------------------------------------------------------------------------------------------------
 
@@ -312,7 +281,7 @@ class Scheduler:
             return False
         request.output.append(token)
         if request.num_tokens % self.pool.block_size == 0:
-            self._register(request)
+            register(request, self.pool)
         return True
 
     def _leave(self, request: Request) -> None:

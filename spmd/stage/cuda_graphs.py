@@ -26,8 +26,7 @@ class Forward:
         self.decoder = decoder
         self.backend = backend
         self.graphs: dict[int, DecodeGraph] = {}
-        self.mixed: Mixed | None = None
-        self.mixed_rows: Sequence[int] = ()  # of batches with prompts that `mixed` takes
+        self.mixed: dict[int, Mixed] = {}  # by rows of a batch with prompts
 
     def capture(self, rows: int, inputs: InputBuilder) -> None:
         """Capture decode batches of `rows` rows, padding included. Largest first: smaller ones share its memory."""
@@ -43,7 +42,7 @@ class Forward:
         graphs = MixedGraphs(self.decoder, self.backend, buckets[0], samples)
         for rows in buckets:
             graphs.capture(*inputs.padding(0, rows))
-        self.mixed, self.mixed_rows = graphs, buckets
+        self.mixed = dict.fromkeys(buckets, graphs)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """See `Decoder.forward`. Logits last until the next call."""
@@ -52,8 +51,8 @@ class Forward:
         if graph:
             return graph(x)
         self.backend.prepare(batch)
-        if self.mixed and batch.prefills and len(batch.positions) in self.mixed_rows:
-            return self.mixed(x, batch)
+        if batch.prefills and (mixed := self.mixed.get(len(batch.positions))):
+            return mixed(x, batch)
         output: Tensor = self.decoder(x, batch, self.backend)
         return output
 

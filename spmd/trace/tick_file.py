@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spmd.topology import Topology
 from spmd.trace.phases import Phase
 
 log = logging.getLogger("spmd")
@@ -55,6 +56,12 @@ TURN_FIELDS: Fields = [
     ("anchored", "I"),  # 1: the device had nothing to do by then, so the turn began at that time
     *((of(phase), "I") for phase in TURN_PHASES),  # that of REPORT: the gap between the last turn and this one
 ]
+
+
+def place(topology: Topology) -> dict[str, int]:
+    """What a header says of a rank's place."""
+    names = ("rank", "dp", "pp", "tp", "dp_rank", "pp_rank", "tp_rank")
+    return {name: getattr(topology, name) for name in names}
 
 
 class RecordFile:

@@ -105,7 +105,7 @@ def run(decoder: Decoder, backend: str, block_size: int, alone: bool = False) ->
     settings = settled(config, decoder.arch, DEVICE.type, NUM_BLOCKS)
     stage = build_stage(settings, decoder, Topology(), Groups(), DEVICE)
     assert sorted(stage.forward.graphs) == ([] if config.model.enforce_eager else [4, 6])
-    assert sorted(stage.forward.mixed_rows) == (BACKENDS[backend][2] if backend.endswith("mixed_graphs") else [])
+    assert sorted(stage.forward.mixed) == (BACKENDS[backend][2] if backend.endswith("mixed_graphs") else [])
     scheduler = build_scheduler(settings)
     for index, (prompt_len, max_tokens) in enumerate(LENGTHS):
         prompt = [token_at(index, position) for position in range(prompt_len)]

@@ -169,6 +169,27 @@ def test_a_row_travels_with_its_prompt_once(model: str, tmp_path: Path) -> None:
     assert len({id(request.params) for request in again.requests}) == 1, "and what is asked for"
 
 
+def in_order(model: str, path: Path, most: list[int | None]) -> list[list[int]]:
+    """Rows as two ranks get them, longest first with as many seats as rows; prompts grow shorter from row to row."""
+    rows = [{"prompt": "a" * (40 - i)} | ({"max_tokens": tokens} if tokens else {}) for i, tokens in enumerate(most)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of = intake(model, path)
+    with Feeder() as feeder:
+        folder = begun(feeder, of, 2)
+        return [[row.index for row in rest(PreparedRows(folder, rank, 2, of.reader(), 20))] for rank in range(2)]
+
+
+def test_rows_come_longest_first_on_every_rank(model: str, tmp_path: Path) -> None:
+    assert in_order(model, tmp_path / "in.jsonl", [5, 5, 9, 2, 9, 7]) == [[0, 1, 2, 4, 5, 3]] * 2
+
+
+@pytest.mark.parametrize("most", [[None] * 20, [None, 100_000] * 10, [7] * 20])
+def test_rows_that_name_no_length_are_alike_whatever_their_prompts(
+    model: str, tmp_path: Path, most: list[int | None]
+) -> None:
+    assert in_order(model, tmp_path / "in.jsonl", most) == [[*range(20)]] * 2
+
+
 def test_hashes_of_blocks_come_with_the_rows(model: str, tmp_path: Path) -> None:
     rows = tmp_path / "in.jsonl"
     rows.write_text(json.dumps({"prompt": [*range(5, 45)]}))

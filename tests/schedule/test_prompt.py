@@ -31,7 +31,7 @@ def test_a_prompt_is_hashed_once_for_all_its_choices(monkeypatch: pytest.MonkeyP
         hashed.append([*tokens])
         return hash_block(parent, tokens)
 
-    monkeypatch.setattr("spmd.schedule.scheduler.hash_block", counted)
+    monkeypatch.setattr("spmd.schedule.prefix.hash_block", counted)
     prompt = Prompt(range(100, 122))  # five full blocks, and half of one
     scheduler = make_scheduler(caching=True)
     for request in choices(6, prompt):

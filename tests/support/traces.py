@@ -10,7 +10,7 @@ from typing import Any
 
 from spmd.topology import Topology
 from spmd.trace.phases import Phase
-from spmd.trace.tick_file import TICK_FIELDS, TURN_FIELDS, TURN_PHASES, UNIT, RecordFile
+from spmd.trace.tick_file import TICK_FIELDS, TURN_FIELDS, TURN_PHASES, UNIT, RecordFile, place
 
 US = 1000 // UNIT
 TICK, FORWARD = 5000 * US, 4000 * US
@@ -49,13 +49,7 @@ def _make_rank(folder: Path, t: Topology, ticks: int, device: str) -> None:
 
 def header(t: Topology, device: str = "cpu") -> dict[str, Any]:
     return {
-        "rank": t.rank,
-        "dp": t.dp,
-        "pp": t.pp,
-        "tp": t.tp,
-        "dp_rank": t.dp_rank,
-        "pp_rank": t.pp_rank,
-        "tp_rank": t.tp_rank,
+        **place(t),
         "host": "here",
         "offset_ns": 0,
         "offset_error_ns": 0,

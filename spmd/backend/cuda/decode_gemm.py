@@ -123,8 +123,11 @@ class DecodeGemm:
         self.tilings = {shape: found for shape, found in wanted.items() if found}
         distinct = list(set(self.tilings.values()))
         with ThreadPoolExecutor() as pool:
-            compiled = zip(distinct, pool.map(_compile, distinct), strict=True)
-            self.kernels = {tiling: _load(cubin, tiling) for tiling, cubin in compiled}
+            compiled = pool.map(lambda tiling: compile_source(_source(tiling), "sm_90a", WHAT), distinct)
+            self.kernels = {
+                tiling: load(cubin, "product", tiling.shared_bytes, WHAT)
+                for tiling, cubin in zip(distinct, compiled, strict=True)
+            }
 
     def __call__(self, x: Tensor, weight: Tensor, gated: bool = False) -> Tensor | None:
         """`[M, N]`, or None if it wasn't compiled for these shapes. Both contiguous and in bfloat16.
@@ -194,13 +197,3 @@ def _source(tiling: Tiling) -> str:
     defined = {**sizes, "MMA(sum, a, b, add)": mma}
     lines = "".join(f"#define {name} {value}\n" for name, value in defined.items())
     return lines + Path(__file__).with_name("decode_gemm.cu").read_text()
-
-
-def _compile(tiling: Tiling) -> bytes:
-    """The machine code."""
-    return compile_source(_source(tiling), "sm_90a", WHAT)
-
-
-def _load(cubin: bytes, tiling: Tiling) -> Any:
-    """The kernel on the current device."""
-    return load(cubin, "product", tiling.shared_bytes, WHAT)
